@@ -1,0 +1,44 @@
+"""Adapters: one a mixer family. They read a mixer's weights by our names and take over its scan."""
+
+from torch import nn
+
+from mamba_probe.mixers.base import MixerAdapter, Sizes
+from mamba_probe.mixers.mamba import MambaAdapter
+from mamba_probe.mixers.mamba2 import Mamba2Adapter
+from mamba_probe.mixers.tap import Call, Listener, Tap
+
+__all__ = ["ADAPTERS", "Call", "Listener", "MixerAdapter", "Sizes", "Tap", "find_mixers"]
+
+ADAPTERS: tuple[type[MixerAdapter], ...] = (MambaAdapter, Mamba2Adapter)
+
+NOT_YET = (
+    "FalconMambaMixer", "JambaMambaMixer", "ZambaMambaMixer", "Zamba2MambaMixer", "BambaMixer",
+    "GraniteMoeHybridMambaLayer", "NemotronHMamba2Mixer", "FalconH1Mixer", "Mamba", "Mamba2",
+)  # fmt: skip
+"""State-space mixers that later versions take over; refused by name until then."""
+
+
+def find_mixers(model: nn.Module) -> list[MixerAdapter]:
+    """The mixers of `model`, in order; they are found by class, never by configuration.
+
+    Raises:
+        ValueError: no state-space layer at all, or one of a family that is not supported (named).
+    """
+    found, refused = [], set()
+    for name, module in model.named_modules():
+        adapter = next((adapter for adapter in ADAPTERS if adapter.matches(module)), None)
+        kind = type(module).__name__
+        if adapter is not None:
+            found.append(adapter(module, name))
+        elif _of_a_library(module) and (kind in NOT_YET or "mamba3" in kind.lower()):
+            refused.add(f"{kind} ({type(module).__module__})")
+    supported = ", ".join(f"{adapter.class_path[1]} of transformers" for adapter in ADAPTERS)
+    if refused:
+        raise ValueError(f"unsupported mixer family: {', '.join(sorted(refused))}. Supported: {supported}.")
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no state-space layer to probe. Supported: {supported}.")
+    return found
+
+
+def _of_a_library(module: nn.Module) -> bool:
+    return type(module).__module__.split(".")[0] in ("transformers", "mamba_ssm", "transformers_modules")

@@ -1,0 +1,125 @@
+"""What every adapter of a mixer family provides."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import FunctionType, MethodType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mamba_probe.mixers.takeover import innermost, rebind
+from mamba_probe.mixers.tap import Call, Tap
+
+__all__ = ["Labelled", "MixerAdapter", "Sizes", "causal_conv", "masked", "no_shortcut"]
+
+Labelled = tuple[tuple[str, ...], Tensor]
+"""A tensor with the names of its dimensions."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What must agree for layers to share one trace."""
+
+    family: str
+    n_heads: int
+    head_channels: int
+    n_groups: int
+    n_states: int
+    width: int
+
+    def __str__(self) -> str:
+        if self.family == "mamba":
+            return f"mamba: {self.n_heads} channels, state {self.n_states}"
+        return f"mamba2: {self.n_heads} heads of {self.head_channels}, {self.n_groups} group(s), state {self.n_states}"
+
+
+class MixerAdapter(ABC):
+    """One mixer of one model: its sizes, its weights by our names, and the takeover of its scan.
+
+    `class_path` names the library's class; `fused` names the short-cuts that would never reach the scan.
+    """
+
+    class_path: ClassVar[tuple[str, str]]
+    family: ClassVar[str]
+    fused: ClassVar[str]
+
+    def __init__(self, mixer: nn.Module, name: str):
+        self.mixer: Any = mixer
+        self.name = name
+        self.layer = int(self.mixer.layer_idx)
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Whether `module` is exactly the class this adapter knows."""
+        return (type(module).__module__, type(module).__qualname__) == cls.class_path
+
+    @property
+    @abstractmethod
+    def sizes(self) -> Sizes:
+        """Heads, channels, groups and states."""
+
+    @abstractmethod
+    def replacements(self, tap: Tap, module: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
+        """Our functions by the name of the library's that they replace; `module` is where those are found."""
+
+    @abstractmethod
+    def weights(self) -> dict[str, Labelled]:
+        """Static weights by our names, with their dimensions (without layer)."""
+
+    @abstractmethod
+    def oracle(self, hidden: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
+        """delta, B, C and out of one forward in float64 from the weights alone, by the sequential recurrence."""
+
+    def take_over(self, tap: Tap) -> Callable[[], None]:
+        """Put `tap` in the place of the mixer's scan; returns the call that undoes it."""
+        forward = type(self.mixer).forward
+        assert isinstance(forward, FunctionType)
+        bound = rebind(forward, self.replacements(tap, innermost(forward).__globals__))
+        self.mixer.forward = MethodType(_tapped(bound, tap), self.mixer)
+
+        def undo() -> None:
+            del self.mixer.forward
+
+        return undo
+
+
+def _tapped(forward: FunctionType, tap: Tap) -> Callable[..., Tensor]:
+    """`forward` with a Call open while it runs; an exception leaves none behind."""
+
+    def probed_forward(
+        self: Any, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        state = None if cache_params is None else cache_params.get_recurrent_state(self.layer_idx, state_idx=0)
+        valid = None if attention_mask is None else attention_mask.bool()
+        tap.call = Call(layer=tap.layer, valid=valid, continues=state is not None)
+        try:
+            out = forward(self, hidden_states, cache_params, attention_mask, **kwargs)
+            if tap.listener is not None:
+                tap.call.tensors["out"] = out
+                tap.listener.receive(tap.call)
+            return out
+        finally:
+            tap.call = None
+
+    return probed_forward
+
+
+def masked(hidden: Tensor, valid: Tensor | None) -> Tensor:
+    """Hidden states with padding set to zero, as the library does before in_proj and after the convolution."""
+    return hidden if valid is None else hidden * valid[..., None].to(hidden.dtype)
+
+
+def causal_conv(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Depthwise causal convolution and SiLU of hidden (batch, token, channel) by weight (channel, lag), lag 0 now."""
+    length = hidden.shape[1]
+    lags = weight.shape[1]
+    padded = torch.nn.functional.pad(hidden, (0, 0, lags - 1, 0))
+    out = sum(padded[:, lags - 1 - lag : lags - 1 - lag + length] * weight[:, lag] for lag in range(lags))
+    assert isinstance(out, Tensor)
+    return torch.nn.functional.silu(out if bias is None else out + bias)
+
+
+def no_shortcut(*_args: Any, **_options: Any) -> None:
+    """In place of a fused kernel that would never reach the scan: the library then takes its plain path."""

@@ -1,0 +1,369 @@
+"""The probe: attach to a live model, record, edit, compare, detach."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+from mamba_probe import provenance
+from mamba_probe.hooks import Edit
+from mamba_probe.inputs import ModelInput, checked_input
+from mamba_probe.kernels.scan import BACKENDS, choose_backend
+from mamba_probe.mixers import Listener, MixerAdapter, Tap, find_mixers
+from mamba_probe.parity import measure_parity
+from mamba_probe.planning import checked_plan
+from mamba_probe.recorder import Plan, Recorder
+from mamba_probe.tasks import Task
+from mamba_probe.trace.contract import unknown_name
+from mamba_probe.trace.schema import DEFAULT_VARIABLES
+from mamba_probe.trace.store import check_free, save
+from mamba_probe.weights import read_weights
+
+__all__ = ["Probe", "attach"]
+
+
+def attach(model: nn.Module, *, backend: str = "auto") -> "Probe":
+    """Take over the scan of every mixer of `model`, this instance only.
+
+    Args:
+        model: holds transformers' MambaMixer or Mamba2Mixer: a language model, its backbone, or a bare mixer.
+        backend: of our scan: "auto" (triton on a GPU, cpu elsewhere), "cpu", "naive" or "triton".
+
+    Returns:
+        The probe: a context manager; leaving it, or `detach()`, restores the model bit for bit.
+
+    Raises:
+        ValueError: no supported mixer, a probe already attached, non-finite or absent weights, unknown backend.
+
+    >>> import mamba_probe as mp
+    >>> model = mp.load("zoo:mqar-mamba1")
+    >>> with mp.attach(model) as probe:
+    ...     trace = probe.record(mp.tasks.mqar(batch=2, length=64, seed=0))
+    >>> trace["delta"].dims
+    ('layer', 'batch', 'token', 'channel')
+    """
+    return Probe(model, backend=backend)
+
+
+class Probe(AbstractContextManager["Probe"]):
+    """An attached probe. Made by `attach`."""
+
+    def __init__(self, model: nn.Module, *, backend: str = "auto"):
+        self.model = model
+        self._undo: list[Callable[[], None]] = []
+        self._adapters = find_mixers(model)
+        _check_free_to_attach(self._adapters)
+        device = next(self._adapters[0].mixer.parameters()).device
+        self.backend, self.backend_reason = _backend(device, backend)
+        self._taps = {adapter.layer: Tap(adapter.layer, self.backend) for adapter in self._adapters}
+        if len(self._taps) != len(self._adapters):
+            raise ValueError(
+                "two mixers share a layer number: attach to one model at a time, not to a container of two"
+            )
+        self._attach()
+
+    # -- attaching -----------------------------------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        try:
+            for adapter in self._adapters:
+                self._undo.append(adapter.take_over(self._taps[adapter.layer]))
+        except BaseException:
+            self.detach()
+            raise
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model's scans are ours at this moment."""
+        return bool(self._undo)
+
+    def detach(self) -> None:
+        """Restore the model bit for bit. Calling it twice does nothing more."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __exit__(self, *_exception: object) -> None:
+        self.detach()
+
+    @contextmanager
+    def _suspended(self) -> Iterator[None]:
+        """The untouched model, for a comparison."""
+        self.detach()
+        try:
+            yield
+        finally:
+            self._attach()
+
+    def _check_attached(self) -> None:
+        if not self.attached:
+            raise ValueError("this probe is detached: attach again with mp.attach(model)")
+
+    # -- what is there -------------------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the probed layers, the model's own."""
+        return tuple(self._taps)
+
+    @property
+    def groups(self) -> dict[str, tuple[int, ...]]:
+        """Layers that can share one trace: equal family and sizes."""
+        groups: dict[str, tuple[int, ...]] = {}
+        for adapter in self._adapters:
+            key = str(adapter.sizes)
+            groups[key] = (*groups.get(key, ()), adapter.layer)
+        return groups
+
+    def __repr__(self) -> str:
+        state = "attached to" if self.attached else "detached from"
+        lines = [f"Probe {state} {type(self.model).__name__}, backend {self.backend} ({self.backend_reason})"]
+        for sizes, layers in self.groups.items():
+            span = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers {layers[0]}..{layers[-1]}"
+            lines.append(f"  {span}: {sizes}")
+        edits = {repr(edit): None for tap in self._taps.values() for edit in tap.edits}
+        return "\n".join(lines + [f"  edits: {', '.join(edits)}"] * bool(edits))
+
+    def weights(self) -> xr.Dataset:
+        """The static weights that analyses need, by our names, as a Dataset over the same layers.
+
+        Raises:
+            ValueError: layers of different sizes (see `groups`).
+        """
+        return read_weights(self.model, self._adapters, self.groups)
+
+    # -- recording -----------------------------------------------------------------------------------------------
+
+    def record(
+        self, inputs: Any = None, attention_mask: Any = None, *, text: Sequence[str] | None = None,
+        tokenizer: Any = None, variables: Sequence[str] = DEFAULT_VARIABLES, layers: Sequence[int] | None = None,
+        tokens: Sequence[int] | None = None, channels: Sequence[int] | None = None, batch_size: int | None = None,
+        store: str | PathLike[str] | None = None, overwrite: bool = False,
+    ) -> xr.Dataset:  # fmt: skip
+        """Run the model on `inputs` and record what its scans executed.
+
+        Args:
+            inputs: what the model's forward takes: ids (batch, token) for a language model, hidden states
+                (batch, token, model) for a bare mixer, a dict of keywords, or a `Task`.
+            attention_mask: (batch, token), 1 at tokens and 0 at padding.
+            text: prompts, in place of `inputs`; with `tokenizer` (see `mp.load_tokenizer`). Padded on the right.
+            variables: names of the schema: delta, A, A_bar, B_bar, B, C, x, z, y, h, delta_cumsum, out.
+            layers: the model's own layer numbers; None is all.
+            tokens, channels: indices to keep (channels: heads for Mamba-2); None is all. Tokens with gaps between
+                them bring delta_cumsum along.
+            batch_size: rows a forward call; None is all at once.
+            store: `*.zarr` or `*.nc` to write the trace to as well; `overwrite` replaces what is there.
+
+        Returns:
+            The trace: an `xarray.Dataset` (see `trace.probe`), padding NaN with `valid` False.
+
+        Raises:
+            ValueError: wrong input, unknown names (nearest given), non-finite values, an existing store.
+        """
+        self._check_attached()
+        given = checked_input(self.model, self._adapters[0].sizes.width, inputs, attention_mask, text, tokenizer)
+        plan = checked_plan(self._adapters, self.groups, variables, layers, tokens, channels, given.length)
+        if store is not None:
+            check_free(store, overwrite)
+        recorder = self._recorder(plan)
+        with _kept(recorder, given.label, store, overwrite), self._listening(recorder), torch.no_grad():
+            for piece in given.pieces(batch_size):
+                self.model(**piece)
+        return given.label(recorder.dataset)
+
+    @contextmanager
+    def recording(
+        self, *, variables: Sequence[str] = DEFAULT_VARIABLES, layers: Sequence[int] | None = None,
+        channels: Sequence[int] | None = None, store: str | PathLike[str] | None = None, overwrite: bool = False,
+    ) -> Iterator[Recorder]:  # fmt: skip
+        """Record every call of the model inside the block, `generate()` included: its prefill and every step.
+
+        Args:
+            variables, layers, channels, store, overwrite: as in `record`.
+
+        Yields:
+            The recorder; its `dataset` holds the trace once the block is left. After an exception it holds, and the
+            store has, every call that was whole.
+
+        Raises:
+            ValueError: wrong names, reordered rows (beam search), non-finite values, an existing store.
+        """
+        self._check_attached()
+        plan = checked_plan(self._adapters, self.groups, variables, layers, None, channels, None)
+        if store is not None:
+            check_free(store, overwrite)
+        recorder = self._recorder(plan)
+        with _kept(recorder, lambda trace: trace, store, overwrite), self._listening(recorder):
+            yield recorder
+
+    def _recorder(self, plan: Plan) -> Recorder:
+        statics = {}
+        if "A" in plan.variables:
+            A = read_weights(self.model, self._adapters, self.groups, layers=plan.layers)["A"].values
+            statics["A"] = A if plan.channels is None else A[:, list(plan.channels)]
+        sizes = plan.sizes
+        attrs = provenance.of_model(self.model) | {
+            "family": sizes.family,
+            "discretization": "euler",
+            "backend": self.backend,
+            "n_heads": sizes.n_heads,
+            "n_groups": sizes.n_groups,
+            "edits": [repr(edit) for edit in dict.fromkeys(e for tap in self._taps.values() for e in tap.edits)],
+        }
+        return Recorder(plan, statics, attrs)
+
+    @contextmanager
+    def _listening(self, recorder: Recorder) -> Iterator[None]:
+        if any(tap.listener is not None for tap in self._taps.values()):
+            raise ValueError("a recording is already open on this probe: leave it first")
+
+        def begin(_model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            first = kwargs.get("input_ids", args[0] if args else None)
+            recorder.begin(first if isinstance(first, Tensor) and not first.is_floating_point() else None)
+
+        def end(_model: nn.Module, _args: Any, output: Any) -> None:
+            recorder.end(getattr(output, "logits", None))
+
+        handles = [
+            self.model.register_forward_pre_hook(begin, with_kwargs=True),
+            self.model.register_forward_hook(end),
+        ]
+        try:
+            self._listen(recorder)
+            yield
+        finally:
+            self._listen(None)
+            for handle in handles:
+                handle.remove()
+            recorder.close()
+
+    def _listen(self, listener: Listener | None) -> None:
+        for tap in self._taps.values():
+            tap.listener = listener
+
+    # -- experiments ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def edit(self, *edits: Edit) -> Iterator["Probe"]:
+        """Apply `edits` (see `mp.freeze`, `mp.ablate`) to every call inside the block; blocks nest.
+
+        Raises:
+            ValueError: not an edit, or a layer that is not probed.
+        """
+        self._check_attached()
+        for edit in edits:
+            if not isinstance(edit, Edit):
+                raise ValueError(f"edit takes mp.freeze(...) and mp.ablate(...); got {edit!r}")
+            if edit.layer is not None and edit.layer not in self._taps:
+                raise unknown_name("layer", edit.layer, [str(layer) for layer in self.layers])
+        before = {layer: list(tap.edits) for layer, tap in self._taps.items()}
+        for layer, tap in self._taps.items():
+            tap.edits += [edit for edit in edits if edit.layer in (None, layer)]
+        try:
+            yield self
+        finally:
+            for layer, tap in self._taps.items():
+                tap.edits = before[layer]
+
+    def intervene(
+        self, task: Task, edits: Sequence[Edit | Sequence[Edit]], *, batch_size: int | None = None
+    ) -> xr.Dataset:
+        """Answers of the model to a task under each edit, and under none.
+
+        Args:
+            task: a generated task (`mp.tasks.mqar(...)`).
+            edits: one entry an intervention: an edit, or several applied together.
+
+        Returns:
+            n_correct and n_query over `intervention`, whose first entry is "none".
+
+        Raises:
+            ValueError: not a task, or an edit that `edit` refuses.
+        """
+        if not isinstance(task, Task):
+            raise ValueError(f"intervene takes a Task (mp.tasks.mqar(...)); got {type(task).__name__}")
+        self._check_attached()
+        groups = [(), *((entry,) if isinstance(entry, Edit) else tuple(entry) for entry in edits)]
+        given = checked_input(self.model, self._adapters[0].sizes.width, task, None, None, None)
+        counts = []
+        for group in groups:
+            with self.edit(*group):
+                counts.append(task.accuracy(self._predict(given, batch_size)))
+        names = ["none", *(" + ".join(map(repr, group)) for group in groups[1:])]
+        n_correct, n_query = np.array(counts).T
+        return xr.Dataset(
+            {"n_correct": ("intervention", n_correct), "n_query": ("intervention", n_query)},
+            {"intervention": np.array(names, dtype=object)},
+            provenance.of_model(self.model) | {"task": task.name, "task_params": task.params},
+        )
+
+    def _predict(self, given: ModelInput, batch_size: int | None) -> np.ndarray:
+        with torch.no_grad():
+            logits = [self.model(**piece).logits.argmax(-1).cpu() for piece in given.pieces(batch_size)]
+        return torch.cat(logits).numpy()
+
+    def parity(self, inputs: Any = None, attention_mask: Any = None, **options: Any) -> xr.Dataset:
+        """The probe against the untouched model and a float64 oracle, layer by layer, on each layer's own input.
+
+        Args:
+            inputs, attention_mask: as in `record` (also `text`, `tokenizer`).
+
+        Returns:
+            Over `layer`: out_vs_native, out_vs_oracle, native_vs_oracle, delta, B, C (against the oracle); and the
+            scalar logits_vs_native where the model gives logits. Each is max|a - b| / max|b| over valid tokens.
+
+        Raises:
+            ValueError: wrong input, or edits are active (the probe would rightly differ).
+        """
+        self._check_attached()
+        if any(tap.edits for tap in self._taps.values()):
+            raise ValueError("parity compares the unedited probe: leave the `edit` block first")
+        given = checked_input(
+            self.model, self._adapters[0].sizes.width, inputs, attention_mask,
+            options.pop("text", None), options.pop("tokenizer", None),
+        )  # fmt: skip
+        if options:
+            raise unknown_name("argument", next(iter(options)), ("text", "tokenizer"))
+        return measure_parity(self.model, self._adapters, given, self._listen, self._suspended)
+
+
+@contextmanager
+def _kept(
+    recorder: Recorder, label: Callable[[xr.Dataset], xr.Dataset], store: str | PathLike[str] | None, overwrite: bool
+) -> Iterator[None]:
+    """Write the trace to `store` when the block is left, after a fault too: the calls that were whole."""
+    try:
+        yield
+    finally:
+        trace = recorder.close()
+        if trace is not None and store is not None:
+            save(label(trace), store, overwrite=overwrite)
+
+
+def _backend(device: torch.device, asked: str) -> tuple[str, str]:
+    if asked == "auto":
+        return choose_backend(device)
+    if asked not in BACKENDS:
+        raise unknown_name("backend", asked, ("auto", *BACKENDS))
+    return asked, "asked for"
+
+
+def _check_free_to_attach(adapters: list[MixerAdapter]) -> None:
+    for adapter in adapters:
+        if "forward" in adapter.mixer.__dict__:
+            ours = getattr(adapter.mixer.forward, "__name__", "") == "probed_forward"
+            raise ValueError(
+                f"{adapter.name or 'the mixer'} already has a forward of its own: "
+                + ("a probe is attached. Detach it (probe.detach(), or leave its `with` block) first."
+                   if ours else "another tool (accelerate offload?) replaced it; load the model on one device.")
+            )  # fmt: skip
+        for name, parameter in adapter.mixer.named_parameters():
+            if parameter.is_meta:
+                raise ValueError(f"layer {adapter.layer}: {name} is on the meta device (not loaded, or offloaded)")
+            if not torch.isfinite(parameter).all():
+                bad = int((~torch.isfinite(parameter)).sum())
+                raise ValueError(f"layer {adapter.layer}: weight {name} holds {bad} NaN or infinite values")

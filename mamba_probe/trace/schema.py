@@ -1,0 +1,92 @@
+"""The trace's contract, as data: which variables exist, over which dimensions, in which units.
+
+No logic lives here. Dimensions are singular and never `time` or `seq`: delta measures time.
+A Mamba-1 layer has one channel a head, so its traces say `channel` where Mamba-2's say `head`.
+"""
+
+from dataclasses import dataclass
+from types import MappingProxyType
+
+__all__ = ["COORDS", "DEFAULT_VARIABLES", "DIMS", "FAMILIES", "SCHEMA_VERSION", "STATIC", "VARIABLES", "Variable"]
+
+SCHEMA_VERSION = 1
+FAMILIES = ("mamba", "mamba2")
+"""Parameterisations a trace may hold: `mamba` (S6, A per channel and state), `mamba2` (SSD, A per head)."""
+
+DIMS = (
+    "layer", "batch", "token", "channel", "head", "head_channel", "group", "state", "model",
+    "rank", "vocab", "lag", "level", "query_token", "key_token", "direction", "intervention",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One recorded tensor: its dimensions in each family and what a reader needs to know of it."""
+
+    by_family: tuple[tuple[str, ...], tuple[str, ...]]
+    long_name: str
+    units: str
+    symbol: str
+    dtype: str = "float32"
+
+    def dims(self, family: str) -> tuple[str, ...]:
+        """Dimensions of this variable in a trace of `family`."""
+        return self.by_family[FAMILIES.index(family)]
+
+
+_STEP = ("layer", "batch", "token")
+_PER_CHANNEL = ((*_STEP, "channel"), (*_STEP, "head", "head_channel"))
+_PER_DELTA = ((*_STEP, "channel"), (*_STEP, "head"))
+_PER_GROUP = ((*_STEP, "group", "state"), (*_STEP, "group", "state"))
+_PER_MODEL = ((*_STEP, "model"), (*_STEP, "model"))
+
+VARIABLES = MappingProxyType(
+    {
+        "delta": Variable(_PER_DELTA, "step size, after bias, softplus and limits", "1", r"\Delta_t"),
+        "A": Variable((("layer", "channel", "state"), ("layer", "head")), "continuous-time state matrix", "1", "A"),
+        "A_bar": Variable(
+            ((*_STEP, "channel", "state"), (*_STEP, "head")), "decay of one step, exp(delta A)", "1", r"\bar{A}_t"
+        ),
+        "B_bar": Variable(
+            ((*_STEP, "channel", "state"), (*_STEP, "head", "state")), "write of one step, delta B", "1", r"\bar{B}_t"
+        ),
+        "B": Variable(_PER_GROUP, "input matrix, as the scan received it", "1", "B_t"),
+        "C": Variable(_PER_GROUP, "output matrix, as the scan received it", "1", "C_t"),
+        "x": Variable(_PER_CHANNEL, "scan input, after the convolution and its activation", "1", "x_t"),
+        "z": Variable(_PER_CHANNEL, "gate before its activation", "1", "z_t"),
+        "y": Variable(_PER_CHANNEL, "scan output C h + D x, before the gate", "1", "y_t"),
+        "h": Variable(
+            ((*_STEP, "channel", "state"), (*_STEP, "head", "head_channel", "state")),
+            "state after the step",
+            "1",
+            "h_t",
+        ),
+        "delta_cumsum": Variable(_PER_DELTA, "sum of delta up to and with this token", "1", r"\sum\Delta", "float64"),
+        "out": Variable(_PER_MODEL, "mixer output", "1", "o_t"),
+    }
+)
+"""What `probe.record(variables=...)` can be asked for."""
+
+STATIC = ("A",)
+"""Variables without batch and token."""
+
+DEFAULT_VARIABLES = ("delta", "A", "B", "C")
+
+COORDS = MappingProxyType(
+    {
+        "token_id": ("batch", "token"),
+        "valid": ("batch", "token"),
+        "position": ("batch", "token"),
+        "phase": ("batch", "token"),
+        "prompt_id": ("batch",),
+        "call": ("batch",),
+        "parent_row": ("batch",),
+        "token_text": ("batch", "token"),
+        "role": ("batch", "token"),
+        "target": ("batch", "token"),
+        "source_token": ("batch", "token"),
+        "prediction": ("batch", "token"),
+    }
+)
+"""Coordinates beside the indices. `valid` is False at padding, `position` counts valid tokens (-1 at padding);
+`target`, `source_token` and `prediction` are -1 where there is none."""

@@ -1,0 +1,137 @@
+"""Zarr and netCDF stores of traces and results: one codec, exact round trips.
+
+Both stores choke on None, bool and dict attributes, so every attribute is written as JSON; strings are stored with
+variable length and come back as objects. A store appears under its name only once it is whole.
+"""
+
+import json
+import shutil
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import xarray as xr
+
+from mamba_probe.trace.contract import validate
+
+__all__ = ["check_free", "open_dataset", "open_trace", "save"]
+
+SUFFIXES = (".zarr", ".nc")
+
+
+def save(dataset: xr.Dataset, path: str | PathLike[str], *, overwrite: bool = False) -> Path:
+    """Write a trace or a result.
+
+    Args:
+        dataset: any Dataset whose attributes JSON can hold.
+        path: ends in `.zarr` (a directory) or `.nc` (netCDF 4).
+        overwrite: replace what exists; it is removed only after the new store is whole.
+
+    Raises:
+        ValueError: unknown suffix, or the path exists and `overwrite` is False.
+
+    >>> import tempfile, xarray as xr
+    >>> path = save(xr.Dataset({"a": ("layer", [1.0])}, attrs={"solved": None}), tempfile.mkdtemp() + "/r.nc")
+    >>> open_dataset(path).attrs
+    {'solved': None}
+    """
+    path = check_free(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    _remove(partial)
+    coded = _encode(dataset)
+    if path.suffix == ".zarr":
+        coded.to_zarr(partial, mode="w", consolidated=False)
+    else:
+        coded.to_netcdf(partial, engine="h5netcdf", format="NETCDF4")
+    _remove(path)
+    partial.rename(path)
+    return path
+
+
+def check_free(path: str | PathLike[str], overwrite: bool) -> Path:
+    """`path`, if a store may be written there.
+
+    Raises:
+        ValueError: unknown suffix, or the path exists and `overwrite` is False.
+    """
+    path = _checked_suffix(path)
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists: pass overwrite=True (--overwrite) to replace it, or choose another path")
+    return path
+
+
+def open_dataset(path: str | PathLike[str]) -> xr.Dataset:
+    """Open what `save` wrote, lazily (dask-backed).
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: unknown suffix, or a damaged store.
+    """
+    path = _checked_suffix(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no store at {path}")
+    try:
+        if path.suffix == ".zarr":
+            coded = xr.open_zarr(path, chunks={}, consolidated=False)
+        else:
+            coded = xr.open_dataset(path, engine="h5netcdf", chunks={})
+        return _decode(coded)
+    except (OSError, KeyError, json.JSONDecodeError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} cannot be read: truncated, damaged, or not written by mamba_probe ({error})"
+        ) from error
+
+
+def open_trace(path: str | PathLike[str]) -> xr.Dataset:
+    """Open a recorded trace, lazily, and check it against the schema.
+
+    Args:
+        path: what `trace.probe.save` or `record(store=...)` wrote.
+
+    Returns:
+        The trace, dask-backed: values are read when they are used.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: a damaged store, or a Dataset that is no trace (what was needed and what came).
+    """
+    trace = open_dataset(path)
+    validate(trace)
+    return trace
+
+
+def _checked_suffix(path: str | PathLike[str]) -> Path:
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"a store's name ends in one of {SUFFIXES}; got {path.name!r}")
+    return path
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()
+
+
+def _encode(dataset: xr.Dataset) -> xr.Dataset:
+    """Attributes as JSON, strings as variable-length objects, no encoding left over from an earlier store."""
+    coded = dataset.copy()
+    coded.attrs = {name: json.dumps(value) for name, value in dataset.attrs.items()}
+    for name, variable in coded.variables.items():
+        if variable.dtype.kind in "UT":
+            coded[name] = (variable.dims, variable.values.astype(object), variable.attrs)
+        coded[name].attrs = {key: json.dumps(value) for key, value in variable.attrs.items()}
+    return coded.drop_encoding()
+
+
+def _decode(coded: xr.Dataset) -> xr.Dataset:
+    dataset = coded.assign_coords({name: coord.load() for name, coord in coded.coords.items()})
+    dataset.attrs = {name: json.loads(value) for name, value in coded.attrs.items()}
+    for name, variable in dataset.variables.items():
+        attrs = {key: json.loads(value) for key, value in variable.attrs.items()}
+        if variable.dtype.kind in "TOU":
+            dataset[name] = (variable.dims, np.asarray(variable.values, dtype=object), attrs)
+        dataset[name].attrs = attrs
+    return dataset

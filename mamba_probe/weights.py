@@ -1,0 +1,55 @@
+"""Static weights as data: what signatures need besides a trace, by our names."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import xarray as xr
+from torch import Tensor, nn
+
+from mamba_probe import provenance
+from mamba_probe.mixers import MixerAdapter
+
+__all__ = ["read_weights"]
+
+
+def read_weights(
+    model: nn.Module, adapters: Sequence[MixerAdapter], groups: Mapping[str, tuple[int, ...]],
+    *, layers: Sequence[int] | None = None,
+) -> xr.Dataset:  # fmt: skip
+    """Weights of `layers` (None: all) stacked over `layer`, fp32 at least, with the model's unembedding and last norm.
+
+    Raises:
+        ValueError: layers of different sizes.
+    """
+    chosen = [adapter for adapter in adapters if layers is None or adapter.layer in layers]
+    if len({adapter.sizes for adapter in chosen}) > 1:
+        raise ValueError(f"layers of different sizes cannot share one Dataset; groups: {dict(groups)}")
+    each = [adapter.weights() for adapter in chosen]
+    data = {
+        name: (("layer", *dims), np.stack([_host(layer[name][1]) for layer in each]))
+        for name, (dims, _) in each[0].items()
+    }
+    sizes = chosen[0].sizes
+    attrs = provenance.of_model(model) | {
+        "family": sizes.family,
+        "n_heads": sizes.n_heads,
+        "n_groups": sizes.n_groups,
+    }
+    return xr.Dataset(data | _readout(model), {"layer": [adapter.layer for adapter in chosen]}, attrs)
+
+
+def _readout(model: nn.Module) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+    """Unembedding and final norm of a language model; nothing for a bare mixer or a backbone."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    norm = getattr(getattr(model, "backbone", model), "norm_f", None)
+    found = {}
+    if head is not None:
+        found["unembedding"] = (("vocab", "model"), _host(head.weight))
+    if norm is not None:
+        found["norm_f"] = (("model",), _host(norm.weight))
+    return found
+
+
+def _host(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach()
+    return (tensor if tensor.dtype.itemsize == 8 else tensor.float()).cpu().numpy().copy()

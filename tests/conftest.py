@@ -1,0 +1,62 @@
+"""Fixtures shared by all tests: small live models whose every weight is perturbed (defaults hide bugs)."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+
+def perturb(model: nn.Module, seed: int = 0, scale: float = 0.3) -> nn.Module:
+    """Move every parameter away from its default: D = 1, norms = 1 and zero biases would hide bugs."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise.to(parameter.dtype) * (0.1 if name.endswith("A_log") else scale))
+    return model.eval()
+
+
+def tiny_mamba(seed: int = 0, **options: object) -> nn.Module:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(seed)
+    config = {"vocab_size": 61, "hidden_size": 24, "state_size": 8, "num_hidden_layers": 2, "time_step_rank": 3}
+    return perturb(MambaForCausalLM(MambaConfig(**(config | options))), seed)
+
+
+def tiny_mamba2(seed: int = 0, **options: object) -> nn.Module:
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    torch.manual_seed(seed)
+    config = {
+        "vocab_size": 61, "hidden_size": 24, "state_size": 8, "num_hidden_layers": 2, "num_heads": 6, "head_dim": 8,
+        "n_groups": 2, "chunk_size": 16, "time_step_limit": (0.05, 1.5),
+        "pad_token_id": 0, "eos_token_id": 0, "bos_token_id": 0,
+    }  # fmt: skip
+    return perturb(Mamba2ForCausalLM(Mamba2Config(**(config | options))), seed)
+
+
+BUILDERS: dict[str, Callable[..., nn.Module]] = {"mamba": tiny_mamba, "mamba2": tiny_mamba2}
+
+
+@pytest.fixture(params=sorted(BUILDERS))
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(family: str) -> nn.Module:
+    """A tiny perturbed language model of each supported family."""
+    return BUILDERS[family]()
+
+
+@pytest.fixture
+def build(family: str) -> Callable[..., nn.Module]:
+    return BUILDERS[family]
+
+
+@pytest.fixture(autouse=True)
+def _quiet_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    torch.set_num_threads(1)

@@ -1,0 +1,135 @@
+"""A Mamba-1 block that forgets everything but one token."""
+
+import math
+from functools import partial
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from mamba_probe.constructions.block import SILU_ONE, Block, check_dtype, pour
+from mamba_probe.constructions.construction import Construction
+
+__all__ = ["keep_nth"]
+
+SHIFT = 40.0  # silu(t + SHIFT) = t + SHIFT in float64
+
+CLAIM = """delta_t = softplus(beta (n + 1/2 - t)) and A = -1: exp(A delta) is 0 up to token n, which erases, and 1 after
+it, which holds. The last token returns the one-hot code of token n."""
+
+
+def keep_nth(
+    n_tokens: int = 16,
+    length: int = 256,
+    n: int = 128,
+    beta: float = 64.0,
+    profile: str = "ramp",
+    dtype: torch.dtype = torch.float32,
+) -> Construction:
+    r"""Build the block whose last token returns token `n` of the sequence, however long ago that was.
+
+    The features are the one-hot token, t/T and 1; with A = -1, B = C = 1,
+
+    .. math:: \Delta_t = \mathrm{softplus}(\beta(n + \tfrac12 - t)), \qquad \mathrm{out} = h_{T-1} / (\beta / 2)
+
+    with an error of about 3 exp(-beta / 2), whatever the length. Source: ours (our construction of the claim of
+    arXiv 2506.11891 on memory decay).
+
+    Arguments:
+        n_tokens: number of token ids.
+        length: tokens T of a sequence, a power of two.
+        n: index of the token to keep, in `[0, length - 1]`.
+        beta: steepness of the ramp.
+        profile: "ramp": delta falls along the sequence.
+        dtype: of the weights, float32 or float64.
+
+    Returns:
+        A construction around a bare `MambaMixer`. `inputs(token_ids)` takes ids (batch, token) to hidden states
+        (batch, token, model); `expected(token_ids)` is the one-hot token n (batch, model).
+
+    Raises:
+        ValueError: if the sizes do not fit each other, or the profile or dtype is another one.
+
+    Example:
+        >>> import numpy as np, torch
+        >>> construction = keep_nth(n_tokens=4, length=32, n=3)
+        >>> tokens = np.array([[0, 1, 2, 3] * 8])
+        >>> with torch.no_grad():
+        ...     output = construction.model(construction.inputs(tokens))[:, -1]
+        >>> output.round(decimals=5).tolist()
+        [[0.0, 0.0, 0.0, 1.0, 0.0, 0.0]]
+    """
+    _check(n_tokens, length, n, beta, profile)
+    check_dtype(dtype)
+    block = _block(n_tokens, length, n, beta)
+    config = block.config(dtype, architectures=["MambaMixer"])
+    return Construction(
+        name="keep_nth",
+        model=pour(config, block.state_dict(dtype)),
+        inputs=partial(_inputs, n_tokens=n_tokens, length=length, dtype=dtype),
+        expected=partial(_expected, n_tokens=n_tokens, length=length, n=n),
+        read_out=None,
+        bound=_bound(beta),
+        channels=[f"token {token}" for token in range(n_tokens)] + ["position", "one"],
+        claim=CLAIM,
+    )
+
+
+def _block(n_tokens: int, length: int, n: int, beta: float) -> Block:
+    size = n_tokens + 2
+    block, tokens, position, one = Block.zeros(size, size, state=1, rank=1), np.arange(n_tokens), n_tokens, n_tokens + 1
+    block.conv[:, 0] = 1
+    block.in_proj_x[tokens, tokens] = block.in_proj_x[one, one] = 1
+    block.in_proj_x[position, position], block.conv_bias[position] = length, SHIFT
+    block.in_proj_z[tokens, one] = 1
+    block.x_proj_dt[0, position] = 1
+    block.x_proj_B[0, one] = block.x_proj_C[0, one] = 1 / SILU_ONE
+    block.dt_proj[:, 0], block.dt_bias[:] = -beta, beta * (n + 0.5 + SHIFT)
+    block.out_proj[tokens, tokens] = 2 / (beta * SILU_ONE**2)
+    return block
+
+
+def _bound(beta: float) -> float:
+    """Return the error for any length: older tokens that outlive k erasing steps, then later writes and later decay."""
+    older = sum((2 * k + 1) * math.exp(-beta * k * k / 2) for k in range(1, 2 + math.ceil(40 / math.sqrt(beta))))
+    return older + (2 / beta + 1) * math.exp(-beta / 2) / -math.expm1(-beta)
+
+
+def _check(n_tokens: int, length: int, n: int, beta: float, profile: str) -> None:
+    if profile != "ramp":
+        raise ValueError(f'keep_nth: profile={profile!r} is not supported; use profile="ramp"')
+    needs = {
+        f"n_tokens >= 1 (got {n_tokens})": n_tokens >= 1,
+        f"length a power of two (got {length})": length > 0 and length & (length - 1) == 0,
+        f"0 <= n <= length - 1 (got n = {n}, length = {length})": 0 <= n <= length - 1,
+        f"beta > 0 and finite (got {beta})": 0 < beta < math.inf,
+    }
+    failed = [need for need, met in needs.items() if not met]
+    if failed:
+        raise ValueError(f"keep_nth: needs {'; '.join(failed)}")
+
+
+def _ids(token_ids: ArrayLike, n_tokens: int, length: int) -> Int[np.ndarray, "batch token"]:
+    ids = np.asarray(token_ids)
+    if ids.ndim != 2 or ids.shape[1] != length or ids.dtype.kind not in "iu":
+        raise ValueError(
+            f"keep_nth: token_ids must be integers (batch, token) with {length} tokens, got {ids.dtype} of {ids.shape}"
+        )
+    if ids.size and not (ids.min() >= 0 and ids.max() < n_tokens):
+        raise ValueError(f"keep_nth: token_ids must be in [0, {n_tokens}), got [{ids.min()}, {ids.max()}]")
+    return ids
+
+
+def _inputs(token_ids: ArrayLike, *, n_tokens: int, length: int, dtype: torch.dtype) -> Tensor:
+    """Return the hidden states (batch, token, model): the one-hot token, t/T and 1."""
+    ids = _ids(token_ids, n_tokens, length)
+    hidden = np.zeros((*ids.shape, n_tokens + 2))
+    hidden[..., :n_tokens] = np.eye(n_tokens)[ids]
+    hidden[..., n_tokens], hidden[..., n_tokens + 1] = np.arange(length) / length, 1
+    return torch.tensor(hidden, dtype=dtype)
+
+
+def _expected(token_ids: ArrayLike, *, n_tokens: int, length: int, n: int) -> Float[np.ndarray, "batch model"]:
+    return np.eye(n_tokens, n_tokens + 2)[_ids(token_ids, n_tokens, length)[:, n]]

@@ -1,0 +1,186 @@
+"""Files of a checkpoint: which they are, what they hold, their hash. Nothing in them is ever run."""
+
+import hashlib
+import json
+import pickle
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["SUFFIXES", "WEIGHTS", "find_weights", "read_json", "read_weights", "sha256"]
+
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+"""Weight files in the order in which they are looked for; the first found is read."""
+
+SUFFIXES = (".safetensors", ".bin")
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DAMAGED = "looks truncated or damaged; copy or download it again"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; transformers' {"__float__": "Infinity"} becomes the number.
+
+    Source: ours.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON, or not an object.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "config.json"
+        >>> _ = path.write_text('{"time_step_limit": [0.0, {"__float__": "Infinity"}]}')
+        >>> read_json(path)
+        {'time_step_limit': [0.0, inf]}
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} has no {path.name}; it holds {_listing(path.parent)}.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_hook=_special_float)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
+    return content
+
+
+def _special_float(item: dict[str, Any]) -> Any:
+    return float(item["__float__"]) if item.keys() == {"__float__"} else item
+
+
+def find_weights(folder: Path) -> list[Path]:
+    """Weight files of a checkpoint's directory, sorted; safetensors are preferred to .bin.
+
+    Source: ours; `WEIGHTS` is the order.
+
+    Raises:
+        FileNotFoundError: there is none, or a shard that the index names is missing.
+        ValueError: the index is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "pytorch_model.bin").write_bytes(b"")
+        >>> [path.name for path in find_weights(folder)]
+        ['pytorch_model.bin']
+    """
+    found = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"{folder} has no weight file: looked for {', '.join(WEIGHTS)}; it holds {_listing(folder)}."
+        )
+    return _shards(found) if found.suffix == ".json" else [found]
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "") if names else "nothing"
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ValueError(f"{index} must map tensors to files under `weight_map`.")
+    names = sorted(set(weight_map.values()))
+    outside = [name for name in names if Path(name).name != name or Path(name).suffix not in SUFFIXES]
+    if outside:
+        raise ValueError(f"{index} must name .safetensors or .bin files beside it, got {outside}.")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{index} names files that are not there: {', '.join(missing)}.")
+    return [index.parent / name for name in names]
+
+
+def sha256(files: Sequence[Path]) -> str:
+    """Hash of the files' bytes one after another, in sorted order; of one file, what `sha256sum` prints.
+
+    Source: ours.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "a"
+        >>> _ = path.write_bytes(b"abc")
+        >>> sha256([path])[:8]
+        'ba7816bf'
+    """
+    total = hashlib.sha256()
+    for path in sorted(files):
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                total.update(block)
+    return total.hexdigest()
+
+
+def read_weights(files: Iterable[Path]) -> dict[str, Tensor]:
+    """Read every tensor of the files into memory of its own, in the file's dtype, on the CPU.
+
+    Source: ours. safetensors are otherwise mapped: a later change of the file would change the model.
+
+    Raises:
+        ValueError: a file is truncated or damaged, is a pickle of more than tensors (it is not run), holds a
+            tensor that another file holds, or one that is not floating point.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "pytorch_model.bin"
+        >>> torch.save({"D": torch.ones(2)}, path)
+        >>> read_weights([path])
+        {'D': tensor([1., 1.])}
+    """
+    weights: dict[str, Tensor] = {}
+    for path in files:
+        stored = _read_safetensors(path) if path.suffix == ".safetensors" else _read_bin(path)
+        twice = sorted(weights.keys() & stored.keys())
+        if twice:
+            raise ValueError(f"{path} holds tensors that another weight file holds too: {', '.join(twice)}.")
+        for name in list(stored):
+            weights[name] = _own(name, stored.pop(name), path)
+    return weights
+
+
+def _own(name: str, tensor: Any, path: Path) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{path}: {name!r} must be a tensor, got {type(tensor).__name__}: a state dict is needed.")
+    if tensor.layout != torch.strided or tensor.dtype not in _FLOATING:
+        expected = ", ".join(str(dtype) for dtype in _FLOATING)
+        raise ValueError(f"{path}: {name} must be dense and one of {expected}; got {tensor.layout} {tensor.dtype}.")
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} {_DAMAGED} ({error}).") from error
+
+
+def _read_bin(path: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is refused: it holds more than tensors and could run code, or it is truncated or damaged "
+            f"({_reason(str(error))}). Nothing of it was run; save a plain state dict, best as .safetensors."
+        ) from error
+    except Exception as error:  # on damaged bytes the unpickler raises whatever their misreading leads to
+        raise ValueError(f"{path} {_DAMAGED} ({type(error).__name__}: {str(error).partition('. ')[0]}).") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a dictionary of tensors, got {type(content).__name__}.")
+    return dict(content)
+
+
+def _reason(message: str) -> str:
+    """The line of torch's long message that names what was refused."""
+    lines = [line.strip() for line in message.splitlines() if "nsupported" in line]
+    return lines[0].partition(" was not an allowed")[0] if lines else "torch.load(weights_only=True) refuses it"

@@ -1,0 +1,107 @@
+"""What every construction shares: saving, the randomised twin, a global seed left alone."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import MambaForCausalLM
+
+from mamba_probe.constructions import haar, keep_nth, mqar
+
+BUILDERS = {
+    "haar": lambda **more: haar(length=16, levels=2, **more),
+    "keep_nth": lambda **more: keep_nth(n_tokens=4, length=16, n=3, **more),
+    "mqar": lambda **more: mqar(n_keys=8, n_values=8, **more),
+}
+
+
+@pytest.fixture(params=BUILDERS)
+def build(request):
+    return BUILDERS[request.param]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_save_writes_the_weights_and_their_config(build, dtype, tmp_path):
+    construction = build(dtype=dtype)
+    construction.save(tmp_path / "new")
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert config["architectures"] == [type(construction.model).__name__]
+    assert config["dtype"] == str(dtype).removeprefix("torch.")
+    assert "transformers_version" not in config
+    saved = load_file(tmp_path / "new" / "model.safetensors")
+    own = construction.model.state_dict()
+    assert saved.keys() == own.keys()
+    for name, weight in saved.items():
+        assert weight.dtype == dtype
+        assert torch.equal(weight, own[name])
+
+
+def test_bare_mixers_save_their_own_names(tmp_path):
+    BUILDERS["haar"]().save(tmp_path)
+    assert {"A_log", "D", "conv1d.weight", "dt_proj.bias"} <= load_file(tmp_path / "model.safetensors").keys()
+
+
+def test_transformers_reads_the_saved_language_model(tmp_path):
+    construction = BUILDERS["mqar"]()
+    model, info = MambaForCausalLM.from_pretrained(construction.save(tmp_path), output_loading_info=True)
+    assert not any(info.values())
+    ids = torch.arange(16)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, construction.model(ids).logits)
+
+
+def test_save_overwrites_only_when_told(tmp_path):
+    construction = BUILDERS["haar"]()
+    construction.save(tmp_path)
+    with pytest.raises(ValueError, match=r"holds config.json and model.safetensors: .*overwrite=True"):
+        construction.save(tmp_path)
+    construction.randomised(0).save(tmp_path, overwrite=True)
+    assert (load_file(tmp_path / "model.safetensors")["D"] != 0).all()
+
+
+def test_weights_do_not_depend_on_the_global_seed_nor_move_it(build):
+    torch.manual_seed(1)
+    first = build().model.state_dict()
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(1))
+    torch.manual_seed(2)
+    assert all(torch.equal(weight, first[name]) for name, weight in build().model.state_dict().items())
+
+
+def test_skip_connection_is_off_and_model_in_eval_mode(build):
+    construction = build()
+    assert not construction.model.training
+    skips = [value for name, value in construction.model.state_dict().items() if name.rpartition(".")[2] == "D"]
+    assert len(skips) == 1
+    assert not skips[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_randomised_twin_has_the_sizes_and_other_weights(build, dtype):
+    construction = build(dtype=dtype)
+    twin, again, other = (construction.randomised(seed) for seed in (3, 3, 4))
+    assert type(twin.model) is type(construction.model)
+    assert twin.bound is None
+    own = construction.model.state_dict()
+    for name, weight in twin.model.state_dict().items():
+        assert weight.shape == own[name].shape
+        assert weight.dtype == dtype
+        assert torch.equal(weight, again.model.state_dict()[name])
+        assert not torch.equal(weight, other.model.state_dict()[name])
+        assert (weight != own[name]).all()
+    assert "randomised(seed=3)" in repr(twin)
+
+
+def test_channels_are_one_label_each(build):
+    construction = build()
+    assert len(construction.channels) == construction.model.config.intermediate_size
+
+
+def test_describe_says_size_claim_and_bound():
+    text = keep_nth(n_tokens=4, length=16, n=3).describe()
+    assert "model=6, channel=6, state=1" in text
+    assert "error bound: 5.1e-14" in text
+    assert "4 x token, 1 x position, 1 x one" in text
+    assert "error bound: none" in haar(16, 2).randomised(0).describe()

@@ -1,0 +1,7 @@
+"""What the analyses share: one canonical form of a trace, intervals, labelled results and a palette."""
+
+from mamba_probe.analyses.common.bootstrap import interval, resamples
+from mamba_probe.analyses.common.canonical import Canonical, Row
+from mamba_probe.analyses.common.result import described, refuse
+
+__all__ = ["Canonical", "Row", "described", "interval", "refuse", "resamples"]

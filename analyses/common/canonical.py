@@ -1,0 +1,192 @@
+"""One form for both families: delta (token, head), A (head, state), B and C (token, group, state), one row at a time.
+
+A Mamba-1 channel is a head; Mamba-2's A gets a state dimension of size 1, since all its states share one decay.
+Only valid tokens appear, in order, so a lag is a difference of `position`.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Bool, Float, Int
+
+from mamba_probe.trace import require
+
+__all__ = ["Canonical", "Row"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The valid tokens of one prompt in one layer.
+
+    Attributes:
+        delta: step sizes as executed.
+        position: index among the prompt's valid tokens; lags are its differences.
+        cumulative: Cum, the sum of delta up to and with each token; Cum(s, t) = cumulative[t] - cumulative[s].
+    """
+
+    delta: Float[np.ndarray, "token head"]
+    position: Int[np.ndarray, " token"]
+    cumulative: Float[np.ndarray, "token head"]
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether every token between the first and the last is here."""
+        return bool(np.all(np.diff(self.position) == 1))
+
+    def index(self, position: int) -> int:
+        """Where `position` is among the tokens of this row.
+
+        Raises:
+            ValueError: the row does not hold that token.
+        """
+        found = np.flatnonzero(self.position == position)
+        if not len(found):
+            raise ValueError(
+                f"token {position} is not among this row's valid tokens, which run from position {self.position[0]} "
+                f"to {self.position[-1]}; tokens are counted by the `position` coordinate"
+            )
+        return int(found[0])
+
+
+class Canonical:
+    """Read-only view of a trace that loads one (layer, batch) block at a time, in float64.
+
+    Args:
+        trace: what `probe.record` returned, in memory or on dask.
+        names: schema variables that the analysis needs.
+
+    Raises:
+        ValueError: a variable is missing, A is complex or positive, a row has no valid token, `position` does not grow.
+
+    >>> import numpy as np, xarray as xr
+    >>> trace = xr.Dataset(
+    ...     {"delta": (("layer", "batch", "token", "channel"), np.full((1, 1, 3, 1), 0.5, "float32")),
+    ...      "A": (("layer", "channel", "state"), -np.ones((1, 1, 1), "float32"))},
+    ...     {"layer": [0], "valid": (("batch", "token"), [[False, True, True]]),
+    ...      "position": (("batch", "token"), [[-1, 0, 1]])},
+    ...     {"schema_version": 1, "family": "mamba"})
+    >>> Canonical(trace, "delta", "A").row(0, 0).cumulative[:, 0].tolist()
+    [0.5, 1.0]
+    """
+
+    def __init__(self, trace: xr.Dataset, *names: str):
+        require(trace, *names, "valid", "position")
+        self.trace = trace
+        self.head_dim = str(trace["delta"].dims[-1])
+        self.n_layers, self.n_rows = trace.sizes["layer"], trace.sizes["batch"]
+        self.n_heads = trace.sizes[self.head_dim]
+        self.n_states = trace.sizes["state"] if "state" in trace["A"].dims else 1
+        self.valid: Bool[np.ndarray, "batch token"] = trace["valid"].transpose("batch", "token").values.astype(bool)
+        self.position: Int[np.ndarray, "batch token"] = trace["position"].transpose("batch", "token").values
+        for row in range(self.n_rows):
+            self._check_row(row)
+
+    def _check_row(self, row: int) -> None:
+        position = self.position[row, self.valid[row]]
+        if not len(position):
+            raise ValueError(f"row {row} of `batch` has no valid token; drop it with trace.isel(batch=...)")
+        if np.any(np.diff(position) < 1):
+            raise ValueError(
+                f"`position` must grow by at least 1 from each valid token to the next; not so in row {row}"
+            )
+
+    @property
+    def layers(self) -> np.ndarray:
+        """The model's own layer numbers."""
+        return self._labels("layer", self.n_layers)
+
+    @property
+    def heads(self) -> np.ndarray:
+        """Labels of the recorded heads (Mamba-1: channels)."""
+        return self._labels(self.head_dim, self.n_heads)
+
+    def _labels(self, dim: str, size: int) -> np.ndarray:
+        return self.trace[dim].values if dim in self.trace.coords else np.arange(size)
+
+    def coords(self) -> dict[str, np.ndarray]:
+        """Coordinates of a result over (layer, batch, head)."""
+        return {"layer": self.layers, "batch": self._labels("batch", self.n_rows), self.head_dim: self.heads}
+
+    def positions(self, row: int) -> Int[np.ndarray, " token"]:
+        """Positions of the valid tokens of a row."""
+        return self.position[row, self.valid[row]]
+
+    def groups(self) -> Int[np.ndarray, " head"]:
+        """Group of each head: head i of H reads group i // (H / G).
+
+        Raises:
+            ValueError: H is no multiple of G.
+        """
+        n_heads, n_groups = int(self.trace.attrs.get("n_heads", self.n_heads)), self.trace.sizes["group"]
+        if n_groups == 1:
+            return np.zeros(self.n_heads, dtype=int)
+        if n_heads % n_groups or np.max(self.heads) >= n_heads:
+            raise ValueError(
+                f"`{self.head_dim}` needs a multiple of the {n_groups} groups and indices below it; got {n_heads} with "
+                f"indices up to {np.max(self.heads)}. A trace of some heads only needs attrs['n_heads']."
+            )
+        return self.heads // (n_heads // n_groups)
+
+    def decay(self, layer: int) -> Float[np.ndarray, "head state"]:
+        """A of a layer, by position on the layer axis.
+
+        Raises:
+            ValueError: A is complex, not finite or positive.
+        """
+        A = self.trace["A"].isel(layer=layer).values
+        if np.iscomplexobj(A):
+            raise ValueError("`A` is complex; this analysis reads real A only (Mamba, Mamba-2)")
+        if not np.all(np.isfinite(A) & (A <= 0)):
+            raise ValueError(
+                f"`A` of layer {self.layers[layer]} must be finite and at most 0; got {A.min()} .. {A.max()}"
+            )
+        return A.astype(np.float64).reshape(self.n_heads, -1)
+
+    def row(self, layer: int, row: int, heads: slice = slice(None)) -> Row:
+        """The block of one layer and prompt: delta and its cumulative sum over valid tokens.
+
+        Tokens that are not contiguous take `delta_cumsum` from the trace, since the gaps' delta is unknown.
+
+        Raises:
+            ValueError: delta is negative or not finite; tokens have gaps and the trace has no usable `delta_cumsum`.
+        """
+        delta, position = self.load("delta", layer, row, heads), self.positions(row)
+        if np.any(delta < 0):
+            raise ValueError(
+                f"`delta` of layer {self.layers[layer]} is negative in row {row}; a step size is at least 0"
+            )
+        if np.all(np.diff(position) == 1):
+            return Row(delta, position, np.cumsum(delta, axis=0))
+        return Row(delta, position, self._across_gaps(layer, row, heads))
+
+    def _across_gaps(self, layer: int, row: int, heads: slice) -> Float[np.ndarray, "token head"]:
+        if "delta_cumsum" not in self.trace:
+            raise ValueError(
+                f"the tokens of row {row} are not contiguous and the trace lacks `delta_cumsum`: decay across the gaps "
+                "is unknown. Record all tokens, or name delta_cumsum in variables=."
+            )
+        cumulative = self.load("delta_cumsum", layer, row, heads)
+        if np.any(np.diff(cumulative, axis=0) < 0):
+            raise ValueError(f"`delta_cumsum` of layer {self.layers[layer]} falls along the tokens of row {row}")
+        return cumulative
+
+    def selection(
+        self, layer: int, row: int
+    ) -> tuple[Float[np.ndarray, "token group state"], Float[np.ndarray, "token group state"]]:
+        """B and C of the valid tokens, as the scan received them."""
+        return self.load("B", layer, row), self.load("C", layer, row)
+
+    def load(self, name: str, layer: int, row: int, heads: slice = slice(None)) -> np.ndarray:
+        """One variable of one (layer, batch) block, valid tokens only; on dask nothing else is computed."""
+        array = self.trace[name].isel(layer=layer, batch=row)
+        if self.head_dim in array.dims:
+            array = array.isel({self.head_dim: heads})
+        block = array.values[self.valid[row]].astype(np.float64)
+        bad = np.flatnonzero(~np.isfinite(block).all(axis=tuple(range(1, block.ndim))))
+        if len(bad):
+            raise ValueError(
+                f"`{name}` is NaN or infinite in layer {self.layers[layer]}, row {row}, at valid token "
+                f"{self.positions(row)[bad[0]]}; padding must be marked in `valid`"
+            )
+        return block

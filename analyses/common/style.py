@@ -1,0 +1,52 @@
+"""Colours and marks of every figure: one meaning each (colour-blind safe, Okabe and Ito)."""
+
+from typing import Any
+
+__all__ = ["LTI", "NULL", "REAL", "axes", "interval_text", "layer_axis", "legend_outside", "log_axis"]
+
+REAL = "#0072B2"
+"""The model as it ran."""
+NULL = "#999999"
+"""Its shuffled or frozen null."""
+LTI = "#D55E00"
+"""Its time-invariant equivalent."""
+
+
+def axes(ax: Any) -> Any:
+    """`ax`, or new axes of the house size."""
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=(7.0, 4.0), layout="constrained")[1]
+
+
+def legend_outside(ax: Any) -> None:
+    """Legend above the data, where it hides none."""
+    ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, frameon=False, fontsize="small", borderaxespad=0.2)
+
+
+def layer_axis(ax: Any, layers: Any) -> None:
+    """Layers side by side at 0, 1, .. under their own numbers, with room at both ends."""
+    step = max(1, -(-len(layers) // 16))
+    ax.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+    ax.set_xlim(-0.8, len(layers) - 0.2)
+    ax.set_xlabel("layer")
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def log_axis(ax: Any) -> None:
+    """Logarithmic y axis with plain numbers; numbers between powers of ten only where it spans less than one."""
+
+    def between(value: float, _: int) -> str:
+        low, high = ax.get_ylim()
+        return f"{value:g}" if high < 10 * low else ""
+
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(between)
+
+
+def interval_text(result: Any) -> str:
+    """What the boxes of a figure are, or why there are none."""
+    return "box 95 % interval over rows" if int(result.attrs["n_rows"]) > 1 else "one row: no interval"

@@ -1,0 +1,140 @@
+"""Horizons of each layer against its time-invariant equivalent."""
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from mamba_probe.analyses.common import style
+
+__all__ = ["KINDS", "plot"]
+
+KINDS = ("horizon", "gain", "share")
+
+
+def plot(result: xr.Dataset, ax: Any = None, *, kind: str = "horizon") -> Any:
+    """Draw a result of `measure`; nothing is computed here.
+
+    `horizon`: median forward horizon of each layer (bar: 10-90 % of tokens, channels and states; box: interval over
+    rows) beside delta shuffled and the time-invariant equivalent; an arrow marks what the recording does not reach.
+    `gain`: the median horizon over its time-invariant equivalent, beside the same nulls.
+    `share`: share of channels and states, of all layers together, whose median horizon exceeds a number of tokens.
+
+    Args:
+        result: Dataset from `measure`.
+        ax: matplotlib Axes; new ones by default.
+        kind: "horizon", "gain" or "share".
+
+    Returns:
+        The Axes.
+
+    Raises:
+        ValueError: another kind.
+
+    >>> plot(xr.Dataset(), kind="pie")
+    Traceback (most recent call last):
+    ValueError: kind must be one of ('horizon', 'gain', 'share'); got 'pie'
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {KINDS}; got {kind!r}")
+    ax = style.axes(ax)
+    {"horizon": _horizon, "gain": _gain, "share": _share}[kind](result, ax)
+    if kind != "share":
+        style.layer_axis(ax, result.layer.values)
+    style.legend_outside(ax)
+    return ax
+
+
+def _horizon(result: xr.Dataset, ax: Any) -> None:
+    series = (
+        ("layer_forward_horizon", style.REAL, "o", "executed"),
+        ("layer_null_shuffle_horizon", style.NULL, "s", r"$\Delta$ shuffled in time (null)"),
+        ("layer_lti_horizon", style.LTI, "D", r"$\Delta$ at its mean, time-invariant (null)"),
+    )
+    style.log_axis(ax)
+    for shift, (name, colour, marker, label) in zip((-0.22, 0.0, 0.22), series, strict=True):
+        _bars(result, name, np.arange(result.sizes["layer"]) + shift, ax, colour, marker, label)
+    ax.set_ylabel(f"memory horizon (tokens)\nmedian, bar 10-90 %, {style.interval_text(result)}")
+    _open_label(np.isinf(result.layer_forward_horizon).any(), ax)
+
+
+def _open_label(needed: bool, ax: Any) -> None:
+    if needed:
+        ax.plot([], [], marker="^", ls="", color="0.3", mfc="white", label="not reached: at least this")
+
+
+def _arrows(x: np.ndarray, bound: np.ndarray, ax: Any, colour: str) -> None:
+    ax.plot(x, bound, "^", color=colour, mfc="white", ms=5, ls="", clip_on=False)
+
+
+def _bars(result: xr.Dataset, name: str, x: np.ndarray, ax: Any, colour: str, marker: str, label: str) -> None:
+    """Median with its 10-90 % bar; censored ends stop at their lower bound with an arrow."""
+    value = result[name].transpose("quantile", "layer").values
+    bound = result.get(f"{name}_at_least", result[name]).transpose("quantile", "layer").values
+    low, mid, high = np.where(np.isinf(value), bound, value)
+    ax.vlines(x, low, high, color=colour, lw=1.2, alpha=0.8)
+    _interval(result, name, x, ax, colour)
+    seen = np.isfinite(value[1])
+    ax.plot(x[seen], mid[seen], marker, color=colour, ms=5, ls="", label=label if seen.any() else None)
+    ax.plot(x[~seen], mid[~seen], marker, color=colour, mfc="white", ms=5, ls="", label=None if seen.any() else label)
+    _arrows(x, np.where(np.isinf(value[2]), high, np.nan), ax, colour)
+
+
+def _interval(result: xr.Dataset, name: str, x: np.ndarray, ax: Any, colour: str) -> None:
+    ends = (result[f"{name}_{end}"] for end in ("low", "high"))
+    low, high = (end.sel(quantile=0.5).values if "quantile" in end.dims else end.values for end in ends)
+    known = np.isfinite(low) & np.isfinite(high)
+    ax.vlines(x[known], low[known], high[known], color=colour, lw=6, alpha=0.35)
+
+
+def _gain(result: xr.Dataset, ax: Any) -> None:
+    series = (
+        ("layer_selectivity_gain", style.REAL, "o", "executed"),
+        ("layer_null_shuffle_gain", style.NULL, "s", r"$\Delta$ shuffled in time (null)"),
+    )
+    style.log_axis(ax)
+    ax.axhline(1.0, color=style.LTI, lw=1.2, ls="--", label=r"$\Delta$ at its mean, time-invariant (null)", zorder=0)
+    for shift, (name, colour, marker, label) in zip((-0.12, 0.12), series, strict=True):
+        x = np.arange(result.sizes["layer"]) + shift
+        value, bound = result[name].values, result[f"{name}_at_least"].values
+        _interval(result, name, x, ax, colour)
+        ax.plot(x, np.where(np.isfinite(value), value, np.nan), marker, color=colour, ms=5, label=label)
+        _arrows(x, np.where(np.isinf(value), bound, np.nan), ax, colour)
+    ax.set_ylabel(f"selectivity gain (median / time-invariant)\n{style.interval_text(result)}")
+    _open_label(np.isinf(result.layer_selectivity_gain).any(), ax)
+
+
+def _share(result: xr.Dataset, ax: Any) -> None:
+    """Each curve ends where the first censored median could lie: beyond, its value was not measured."""
+    end = min(_measured(result, name) for name in ("forward_horizon", "null_shuffle_horizon"))
+    series = (
+        ("null_shuffle_horizon", {"color": style.NULL, "lw": 5, "alpha": 0.6}, r"$\Delta$ shuffled in time (null)"),
+        (
+            "lti_horizon",
+            {"color": style.LTI, "lw": 3, "ls": (0, (2, 1))},
+            r"$\Delta$ at its mean, time-invariant (null)",
+        ),
+        ("forward_horizon", {"color": style.REAL, "lw": 1.5}, "executed"),
+    )
+    ax.set_xscale("log")
+    edges = np.geomspace(0.5, end, 400)
+    for name, look, label in series:
+        median = result[name].sel(quantile=0.5) if "quantile" in result[name].dims else result[name]
+        known = np.sort(median.values[~np.isnan(median.values)])
+        if known.size:
+            over = 1.0 - np.searchsorted(known, edges, side="right") / known.size
+            ax.plot(edges, over, label=label, drawstyle="steps-post", clip_on=False, **look)
+    ax.set_xlim(0.5, end)
+    ax.set_ylim(0.0, 1.0)
+    ax.xaxis.set_major_formatter("{x:g}")
+    longest = result.attrs["longest_row"]
+    ax.set_xlabel(f"tokens, up to what every median is measured to (the longest row holds {longest})")
+    ax.set_ylabel("share of channels and states whose\nmedian horizon is longer (no interval)")
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _measured(result: xr.Dataset, name: str) -> float:
+    """Tokens up to which no median is censored."""
+    median, least = (result[f"{name}{end}"].sel(quantile=0.5).values for end in ("", "_at_least"))
+    bounds = least[np.isinf(median)]
+    return float(max(1.0, bounds.min())) if bounds.size else float(result.attrs["longest_row"])

@@ -1,0 +1,7 @@
+"""Recall circuit: does the model store key-value pairs and read them back, and where?"""
+
+from mamba_probe.analyses.recall_circuit.measure import measure
+from mamba_probe.analyses.recall_circuit.plot import plot
+from mamba_probe.analyses.recall_circuit.proportion import causal_share
+
+__all__ = ["causal_share", "measure", "plot"]

@@ -1,0 +1,354 @@
+"""Arrays of the recall circuit: who wrote what a query reads, through which weights. No labels, no files, no torch.
+
+Symbols, for one prompt of one layer (Mamba-1: a head is a channel and head_channel is 1):
+    delta (token, head)                 step sizes, as executed; cumulative, their inclusive sum over tokens
+    A     (head, state) or (head, 1)    continuous-time state matrix; (head, 1) is one scalar a head
+    B, C  (token, group, state)         head is a multiple of group
+    x, z  (token, head, head_channel)   scan input and gate before its activation
+    Cum(s, t) = sum_{s<r<=t} delta_r    the decay between a write at s and a read at t is exp(A Cum(s, t))
+All in float64. The signatures are ours.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+__all__ = [
+    "Prompt",
+    "Questions",
+    "contribution",
+    "gate_energy",
+    "gated_output",
+    "identity_error",
+    "log_delta_contrast",
+    "match",
+    "norm_scale",
+    "pair_scores",
+    "ratio",
+    "readout",
+    "relative_tap",
+    "silu",
+    "tally",
+    "tap_mass",
+    "write_energy",
+]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of one layer, padding already removed; symbols as at the head of this file."""
+
+    delta: Float[np.ndarray, "token head"]
+    cumulative: Float[np.ndarray, "token head"]
+    A: Float[np.ndarray, "head state"]
+    B: Float[np.ndarray, "token group state"]
+    C: Float[np.ndarray, "token group state"]
+    x: Float[np.ndarray, "token head head_channel"]
+    z: Float[np.ndarray, "token head head_channel"]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What one prompt asks: `n` scored queries, as indices into its tokens.
+
+    Attributes:
+        query: tokens that ask.
+        truth: the value token that answers each query.
+        value: index of the right value in the value vocabulary.
+        pairs: value tokens of the context, where a pair is complete.
+        keys: whether a token is a key or a query.
+    """
+
+    query: Int[np.ndarray, " n"]
+    truth: Int[np.ndarray, " n"]
+    value: Int[np.ndarray, " n"]
+    pairs: Int[np.ndarray, " pair"]
+    keys: Bool[np.ndarray, " token"]
+
+
+def silu(a: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """SiLU(a) = a / (1 + exp(-a)), without overflow.
+
+    >>> silu(np.array([0.0, 1.0, -1000.0])).round(4).tolist()
+    [0.0, 0.7311, -0.0]
+    """
+    return a * np.exp(-np.logaddexp(0.0, -a))
+
+
+def ratio(numerator: Float[np.ndarray, "..."], denominator: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """`numerator / denominator`, NaN where the denominator is 0.
+
+    >>> ratio(np.array([1.0, 1.0]), np.array([2.0, 0.0])).tolist()
+    [0.5, nan]
+    """
+    defined = denominator != 0
+    return np.where(defined, numerator / np.where(defined, denominator, 1.0), np.nan)
+
+
+def contribution(
+    prompt: Prompt, query: int, sources: Int[np.ndarray, " source"]
+) -> Float[np.ndarray, "source head head_channel"]:
+    """What each source adds to the input of `out_proj` at the query (ours; after Ali et al. 2024, arXiv 2403.01590).
+
+    o_{t,s} = SiLU(z_t) x_s delta_s sum_n C_t[n] B_s[n] exp(A[n] Cum(s, t)), before `W_out`.
+
+    Args:
+        prompt: one prompt of one layer.
+        query: the token t that reads.
+        sources: tokens s <= t that may have written.
+
+    Returns:
+        (source, head, head_channel). Cost O(source head state): never token x token.
+
+    >>> one, step = np.ones((3, 1, 1)), np.ones((3, 1))
+    >>> prompt = Prompt(step, np.cumsum(step, axis=0), A=np.zeros((1, 1)), B=one, C=one, x=one, z=50 * one)
+    >>> contribution(prompt, 2, np.array([0, 1])).ravel().tolist()
+    [50.0, 50.0]
+    """
+    gap = prompt.cumulative[query] - prompt.cumulative[sources]
+    decay = np.exp(prompt.A * gap[..., None])
+    product = prompt.C[query] * prompt.B[sources]
+    if decay.shape[-1] == 1 < product.shape[-1]:
+        product = product.sum(axis=-1, keepdims=True)
+    product = np.repeat(product, decay.shape[1] // product.shape[1], axis=1)
+    kernel = np.einsum("shn,shn->sh", product, decay) * prompt.delta[sources]
+    return silu(prompt.z[query]) * prompt.x[sources] * kernel[..., None]
+
+
+def gated_output(
+    prompt: Prompt, skip: Float[np.ndarray, " head"], query: int
+) -> Float[np.ndarray, "head head_channel"]:
+    """The gated scan output at one token, as the sum over all sources and the D path.
+
+    sum_{s<=t} o_{t,s} + SiLU(z_t) D x_t: the input of `out_proj`, or of the gated norm before it.
+
+    >>> one, step = np.ones((2, 1, 1)), np.ones((2, 1))
+    >>> prompt = Prompt(step, np.cumsum(step, axis=0), A=np.zeros((1, 1)), B=one, C=one, x=one, z=50 * one)
+    >>> gated_output(prompt, np.array([3.0]), 1).tolist()
+    [[250.0]]
+    """
+    total = contribution(prompt, query, np.arange(query + 1)).sum(axis=0)
+    return total + silu(prompt.z[query]) * skip[:, None] * prompt.x[query]
+
+
+def identity_error(
+    gated: Float[np.ndarray, "head head_channel"],
+    out_proj: Float[np.ndarray, "model head head_channel"],
+    out: Float[np.ndarray, " model"],
+    norm_groups: int,
+) -> float:
+    """max |W_out gated - out| / max |out| at one token: does the attribution add up to the mixer's output?
+
+    Args:
+        gated: from `gated_output`.
+        out_proj: W_out, a gated norm's weight multiplied in.
+        out: the mixer's output at that token.
+        norm_groups: groups of the gated norm before `out_proj`, whose scales are frozen and here fitted by least
+            squares; 0: no norm.
+
+    >>> identity_error(np.ones((1, 1)), np.ones((2, 1, 1)), np.array([1.0, 2.0]), 0)
+    0.5
+    """
+    groups = max(norm_groups, 1)
+    paths = np.einsum("mghp,ghp->mg", *(_by_group(array, groups) for array in (out_proj, gated)))
+    scale = np.linalg.lstsq(paths, out)[0] if norm_groups else np.ones(1)
+    return float(ratio(np.abs(paths @ scale - out).max(), np.abs(out).max()))
+
+
+def norm_scale(gated: Float[np.ndarray, "head head_channel"], groups: int) -> Float[np.ndarray, " head"]:
+    """Scale of a gated RMS norm at one token, 1 / rms of each group of heads (its epsilon is left out; 1 for zeros).
+
+    >>> norm_scale(np.array([[3.0], [4.0]]), 2).round(4).tolist()
+    [0.3333, 0.25]
+    """
+    rms = np.sqrt((_by_group(gated, groups) ** 2).mean(axis=(-2, -1)))
+    return np.repeat(1 / np.where(rms == 0, 1.0, rms), len(gated) // groups)
+
+
+def _by_group(
+    array: Float[np.ndarray, "*any head head_channel"], groups: int
+) -> Float[np.ndarray, "*any group head head_channel"]:
+    return array.reshape(*array.shape[:-2], groups, -1, array.shape[-1])
+
+
+def readout(
+    unembedding: Float[np.ndarray, "value model"],
+    norm_f: Float[np.ndarray, " model"],
+    out_proj: Float[np.ndarray, "model head head_channel"],
+) -> Float[np.ndarray, "value head head_channel"]:
+    """The linear path from the input of `out_proj` to the value logits, centred over the values.
+
+    R = centre[(U norm_f) W_out]. The final norm is frozen: its scale is one positive number a token, which changes no
+    argmax and no share; later layers are not followed.
+
+    >>> readout(np.eye(2), np.ones(2), np.ones((2, 1, 1))).ravel().tolist()
+    [0.0, 0.0]
+    """
+    logits = np.tensordot(unembedding * norm_f, out_proj, axes=1)
+    return logits - logits.mean(axis=0)
+
+
+def pair_scores(
+    prompt: Prompt,
+    read: Float[np.ndarray, "value head head_channel"],
+    query: int,
+    candidates: Int[np.ndarray, " candidate"],
+    truth: int,
+    value: int,
+    scale: Float[np.ndarray, " head"],
+) -> tuple[float, float]:
+    """S1 and S3 of one query: is the right write the one that speaks for the answer, and does it say the answer?
+
+    S1 = 1[argmax_w L_{t,w}[v*] = s*], S3 = 1[argmax_v L_{t,s*}[v] = v*], L_{t,s} = R . o_{t,s}. A tie counts as wrong,
+    and so does a write that lies after the query.
+
+    Args:
+        prompt: one prompt of one layer.
+        read: from `readout`.
+        query: the token t.
+        candidates: tokens where a pair may have been written, all <= t.
+        truth: s*, the token where the right pair was written.
+        value: v*, the right value's index in `read`.
+        scale: of a gated norm before `out_proj` at t, frozen; ones without.
+    """
+    if truth not in candidates:
+        return 0.0, 0.0
+    given = (contribution(prompt, query, candidates) * scale[:, None]).reshape(len(candidates), -1)
+    flat = read.reshape(len(read), -1)
+    index = int(np.flatnonzero(candidates == truth)[0])
+    return _strict_argmax(given @ flat[value], index), _strict_argmax(flat @ given[index], value)
+
+
+def _strict_argmax(scores: Float[np.ndarray, " n"], index: int) -> float:
+    """1.0 when `index` alone holds the maximum."""
+    return float(scores[index] > np.delete(scores, index).max())
+
+
+def match(
+    C: Float[np.ndarray, "group state"], B: Float[np.ndarray, "candidate group state"], truth: int | None
+) -> tuple[float, float, float]:
+    """S5, S6 and the null of S5 of one query: does the query's key find the pair's key in state space?
+
+    S5 = (C_t.B_{s*} - max_{w != s*} C_t.B_w) / (|C_t| max_w |B_w|), S6 = 1[argmax_w C_t.B_w = s*]. The null of
+    S5 is its mean over all permutations of the candidates. `truth` None (written after the query): a match of 0.
+
+    Args:
+        C: of the query; groups count as further states.
+        B: of the candidates, at least two.
+        truth: index of s* among the candidates.
+
+    >>> match(np.array([[1.0, 0.0]]), np.eye(2)[:, None], 0)
+    (1.0, 1.0, 0.0)
+    """
+    products = np.einsum("gn,wgn->w", C, B)
+    scale = np.linalg.norm(C) * np.sqrt((B**2).sum(axis=(1, 2)).max())
+    if scale == 0:
+        return 0.0, 0.0, 0.0
+    second, first = np.sort(products)[-2:]
+    margins = products - np.where(np.arange(len(products)) == products.argmax(), second, first)
+    margin = -first if truth is None else margins[truth]
+    return float(margin / scale), float(margin > 0), float(margins.mean() / scale)
+
+
+def write_energy(prompt: Prompt, out_energy: Float[np.ndarray, "head head_channel"]) -> Float[np.ndarray, " token"]:
+    """E_s of S7: sum over channels of |W_out column|^2 (delta_s x_s)^2, times |B_s|^2 of the channel's group.
+
+    Args:
+        prompt: one prompt of one layer.
+        out_energy: squared norm of each column of `out_proj`.
+    """
+    per_head = np.einsum("hp,thp->th", out_energy, (prompt.delta[..., None] * prompt.x) ** 2)
+    size = (prompt.B**2).sum(axis=-1)
+    return (per_head * np.repeat(size, per_head.shape[1] // size.shape[1], axis=1)).sum(axis=-1)
+
+
+def gate_energy(prompt: Prompt, out_energy: Float[np.ndarray, "head head_channel"]) -> Float[np.ndarray, " token"]:
+    """|g_t|^2 of S9: sum over channels of |W_out column|^2 SiLU(z_t)^2."""
+    return np.einsum("hp,thp->t", out_energy, silu(prompt.z) ** 2)
+
+
+def log_delta_contrast(delta: Float[np.ndarray, "token head"], writes: Bool[np.ndarray, " token"]) -> float:
+    """S8: mean log delta at the candidate writes minus elsewhere; a delta of 0 counts as the least normal float32.
+
+    >>> round(log_delta_contrast(np.array([[1.0], [np.e]]), np.array([False, True])), 6)
+    1.0
+    """
+    if writes.all() or not writes.any():
+        return float("nan")
+    log_delta = np.log(np.maximum(delta, np.finfo(np.float32).tiny)).mean(axis=1)
+    return float(log_delta[writes].mean() - log_delta[~writes].mean())
+
+
+def tap_mass(
+    conv: Float[np.ndarray, "channel lag"], weight: Float[np.ndarray, " channel"]
+) -> Float[np.ndarray, " lag"]:
+    """S10: m(l), the share of squared convolution weight at lag l, channels weighted by what reads them.
+
+    >>> tap_mass(np.array([[0.0, 2.0], [1.0, 0.0]]), np.array([1.0, 0.0])).tolist()
+    [0.0, 1.0]
+    """
+    mass = weight @ conv**2
+    return ratio(mass, mass.sum())
+
+
+def relative_tap(write: Float[np.ndarray, " lag"], value: Float[np.ndarray, " lag"]) -> float:
+    """P_rel = sum_{b-a=1} m_B(b) m_x(a): B looks one token further back than x, whatever the offset; uniform taps of
+    width k give (k-1)/k^2.
+
+    >>> relative_tap(np.full(4, 0.25), np.full(4, 0.25))
+    0.1875
+    """
+    return float((write[1:] * value[:-1]).sum())
+
+
+def tally(
+    prompt: Prompt,
+    read: Float[np.ndarray, "value head head_channel"],
+    out_energy: Float[np.ndarray, "head head_channel"],
+    asked: Questions,
+    offset: int,
+    scale: Float[np.ndarray, "n head"],
+) -> Float[np.ndarray, "kind=2 signature=7 part=2"]:
+    """All activation signatures of one prompt, each as numerator and denominator, so that prompts add up.
+
+    Args:
+        prompt: one prompt of one layer.
+        read: from `readout`.
+        out_energy: squared norm of each column of `out_proj`.
+        asked: the queries to score.
+        offset: tokens between a value and the write of its pair; a write after the query contributes nothing.
+        scale: of a gated norm before `out_proj` at each query; ones without.
+
+    Returns:
+        kind: measured, closed-form null. signature: S1, S3, S5, S6, S7, S8, S9. part: numerator, denominator.
+    """
+    writes = np.zeros(len(prompt.delta), dtype=bool)
+    writes[(asked.pairs + offset)[asked.pairs + offset < len(writes)]] = True
+    each = [
+        _ask(prompt, read, *one, np.flatnonzero(writes[: one[0] + 1]), offset)
+        for one in zip(asked.query.tolist(), asked.truth.tolist(), asked.value.tolist(), scale, strict=True)
+    ]
+    totals = np.sum(each, axis=0).reshape(2, 4) if each else np.zeros((2, 4))
+    written, gate, n = write_energy(prompt, out_energy), gate_energy(prompt, out_energy), float(len(writes))
+    measured = [
+        *([total, len(each)] for total in totals[0]),
+        [written[writes].sum(), written.sum()],
+        [log_delta_contrast(prompt.delta, writes), 1.0],
+        [gate[asked.keys].sum(), gate.sum()],
+    ]
+    null = [*([total, len(each)] for total in totals[1]), [writes.sum(), n], [0.0, 1.0], [asked.keys.sum(), n]]
+    return np.array([measured, null])
+
+
+def _ask(
+    prompt: Prompt, read: Float[np.ndarray, "value head head_channel"], query: int, truth: int, value: int,
+    scale: Float[np.ndarray, " head"], candidates: Int[np.ndarray, " candidate"], offset: int,
+) -> tuple[float, ...]:  # fmt: skip
+    """S1, S3, S5, S6 of one query and then their nulls."""
+    written = truth + offset
+    pair, value_read = pair_scores(prompt, read, query, candidates, written, value, scale)
+    index = int(np.searchsorted(candidates, written)) if written <= query else None
+    margin, found, margin_null = match(prompt.C[query], prompt.B[candidates], index)
+    chance = 1 / len(candidates)
+    return pair, value_read, margin, found, chance, 1 / len(read), margin_null, chance

@@ -1,0 +1,114 @@
+"""What a scan is asked to emit beside its output, and what it emitted."""
+
+import operator
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+__all__ = ["EMITTABLE", "Emission", "Emit"]
+
+EMITTABLE = ("delta", "A_bar", "B_bar", "B", "C", "h", "y", "delta_cumsum")
+"""Names a scan can emit."""
+
+
+@dataclass(frozen=True)
+class Emit:
+    """What is asked of a scan: which variables, at which tokens, of which heads.
+
+    Source: ours. What is not named is neither computed nor allocated.
+
+    Args:
+        variables: names out of `EMITTABLE`, each once.
+        tokens: strictly increasing token indices of this call, None for all.
+        channels: distinct indices on the head axis (Mamba-1: its channels), None for all. B and C have no
+            head axis and ignore them.
+
+    Raises:
+        ValueError: for an unknown or repeated variable, tokens that do not increase, repeated channels,
+            negative indices, or an empty selection.
+
+    >>> Emit(("delta", "h"), tokens=[0, 5]).tokens
+    (0, 5)
+    >>> Emit(("delat",))  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ValueError: no scan emits 'delat' (`variables`); did you mean 'delta'? Known: delta, A_bar, B_bar, B, C, h, y, ...
+    """
+
+    variables: tuple[str, ...] = ()
+    tokens: Sequence[int] | None = None
+    channels: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "variables", _names(self.variables))
+        object.__setattr__(self, "tokens", _indices("tokens", self.tokens))
+        object.__setattr__(self, "channels", _indices("channels", self.channels))
+        if self.tokens is not None and list(self.tokens) != sorted(self.tokens):
+            raise ValueError(f"`tokens` must increase strictly; got {_shown(self.tokens)}")
+
+    def positions(self, start: int, stop: int) -> slice | list[int]:
+        """Asked-for tokens of the block [start, stop) of a call, as an index into that block."""
+        if self.tokens is None:
+            return slice(None)
+        low, high = (bisect_left(self.tokens, edge) for edge in (start, stop))
+        return [token - start for token in self.tokens[low:high]]
+
+    def tokens_of(self, block: Tensor, start: int = 0) -> Tensor:
+        """The asked-for tokens of a block (batch, token, ...) that starts at token `start`; no copy of all."""
+        return block if self.tokens is None else block[:, self.positions(start, start + block.shape[1])]
+
+    def heads_of(self, value: Tensor, axis: int) -> Tensor:
+        """The asked-for heads of a tensor whose heads lie along `axis`; no copy of all."""
+        return value if self.channels is None else value[(slice(None),) * axis + (list(self.channels),)]
+
+
+@dataclass(frozen=True)
+class Emission:
+    """What a scan emitted; None where it was not asked for. The token and head axes hold the selection only.
+
+    delta, A_bar, B_bar, h and y have the scan's compute dtype (float32, or float64 for float64 inputs), B and C
+    that of the inputs. A_bar has no state axis where A has none (Mamba-2). y includes D x and is before the gate.
+    """
+
+    delta: Float[Tensor, "batch token head"] | None = None
+    A_bar: Float[Tensor, "batch token head *state"] | None = None
+    B_bar: Float[Tensor, "batch token head state"] | None = None
+    B: Float[Tensor, "batch token group state"] | None = None
+    C: Float[Tensor, "batch token group state"] | None = None
+    h: Float[Tensor, "batch token head head_channel state"] | None = None
+    y: Float[Tensor, "batch token head head_channel"] | None = None
+    delta_cumsum: Float64[Tensor, "batch token head"] | None = None
+
+
+def _names(variables: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(variables, str):
+        raise ValueError(f"`variables` must be a tuple of names; got the string {variables!r}: write ({variables!r},)")
+    for name in variables:
+        if name not in EMITTABLE:
+            near = get_close_matches(str(name), EMITTABLE, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise ValueError(f"no scan emits {name!r} (`variables`){hint} Known: {', '.join(EMITTABLE)}")
+    if len(set(variables)) < len(variables):
+        raise ValueError(f"`variables` names one twice: {', '.join(variables)}")
+    return tuple(variables)
+
+
+def _indices(name: str, indices: Sequence[int] | None) -> tuple[int, ...] | None:
+    if indices is None:
+        return None
+    try:
+        chosen = tuple(operator.index(index) for index in indices)
+    except TypeError as error:
+        raise ValueError(f"`{name}` must be a sequence of integers or None; got {indices!r}") from error
+    if not chosen:
+        raise ValueError(f"`{name}` is empty; None means all, and no `variables` means that nothing is emitted")
+    if min(chosen) < 0 or len(set(chosen)) < len(chosen):
+        raise ValueError(f"`{name}` must be distinct and not negative; got {_shown(chosen)}")
+    return chosen
+
+
+def _shown(indices: Sequence[int]) -> str:
+    return ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")

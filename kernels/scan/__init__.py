@@ -1,0 +1,138 @@
+"""The selective scan of Mamba-1 and Mamba-2: one contract, several backends. `kernels/README.md` specifies it."""
+
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.util import find_spec
+from math import inf
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mamba_probe.kernels.emission import EMITTABLE, Emission, Emit
+from mamba_probe.kernels.scan.arguments import DISCRETIZATIONS, check
+
+__all__ = ["BACKENDS", "EMITTABLE", "Emission", "Emit", "ScanResult", "choose_backend", "selective_scan"]
+
+BACKENDS = ("naive", "cpu", "triton")
+_MODULES = {"naive": "naive", "cpu": "cpu", "triton": "fused"}
+
+
+class ScanResult(NamedTuple):
+    """y (batch, token, head, head_channel), gated when z was given; last_state; what was emitted."""
+
+    y: Float[Tensor, "batch token head head_channel"]
+    last_state: Float[Tensor, "batch head head_channel state"]
+    emission: Emission
+
+
+class Choice(NamedTuple):
+    """A backend and why it is the one."""
+
+    name: str
+    reason: str
+
+
+def choose_backend(device: torch.device | str) -> Choice:
+    """What `backend="auto"` runs for tensors on `device`, and why. Never naive.
+
+    >>> choose_backend("cpu").name
+    'cpu'
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return Choice("triton", "the tensors are on a CUDA device")
+    return Choice("cpu", f"the tensors are on {device}, and Triton's kernels need a CUDA device")
+
+
+def selective_scan(
+    x: Float[Tensor, "batch token head head_channel"],
+    delta: Float[Tensor, "batch token head"],
+    A: Float[Tensor, " head *state"],
+    B: Float[Tensor, "batch token group state"],
+    C: Float[Tensor, "batch token group state"],
+    D: Float[Tensor, " head *head_channel"] | None = None,
+    z: Float[Tensor, "batch token head head_channel"] | None = None,
+    *,
+    delta_bias: Float[Tensor, " head"] | None = None,
+    delta_softplus: bool = False,
+    delta_limits: tuple[float, float] = (0.0, inf),
+    initial_state: Float[Tensor, "batch head head_channel state"] | None = None,
+    seq_idx: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    discretization: str = "euler",
+    emit: Emit | None = None,
+    backend: str = "auto",
+) -> ScanResult:
+    """Run the recurrence over all tokens and emit what was asked for.
+
+    delta = clamp(softplus(delta + bias)), h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t, y_t = C_t h_t + D x_t,
+    times silu(z_t) when z is given. Source: arXiv 2312.00752 and 2405.21060, in the Euler form their code executes.
+
+    Args:
+        x: input. Mamba-1: head is the channel, head_channel is 1.
+        delta: raw step size, before bias, softplus and limits.
+        A: continuous-time state matrix, (head, state) or (head,); real.
+        B, C: input and output matrices; head i uses group i // (head / group).
+        D: skip, (head,) or (head, head_channel).
+        z: gate before its SiLU.
+        delta_bias: added to delta first.
+        delta_softplus: whether softplus (identity above 20) follows.
+        delta_limits: clamp that comes last.
+        initial_state: state before the first token, zero when None.
+        seq_idx, log_decay: not supported yet, must be None.
+        discretization: "euler".
+        emit: what to emit, nothing when None.
+        backend: "auto" (see `choose_backend`), "naive", "cpu" or "triton".
+
+    Returns:
+        y in x's dtype, last_state and emission in float32 (float64 when all inputs are), see `Emission`.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came; for what is not supported yet; for
+            "triton" without a CUDA device or with inputs that require grad.
+
+    >>> one = torch.ones(1, 3, 1, 1)
+    >>> result = selective_scan(one, one[..., 0], torch.zeros(1, 1), one, one, emit=Emit(("h",), tokens=[1]))
+    >>> result.y.flatten().tolist(), result.emission.h.flatten().tolist()
+    ([1.0, 2.0, 3.0], [2.0])
+    """
+    _refuse_unsupported(seq_idx, log_decay, discretization)
+    arguments = check(
+        x,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        z,
+        delta_bias=delta_bias,
+        delta_softplus=delta_softplus,
+        delta_limits=delta_limits,
+        initial_state=initial_state,
+        emit=emit,
+    )
+    name = choose_backend(x.device).name if backend == "auto" else backend
+    module = _backend(name)
+    with torch.autocast(x.device.type, enabled=False):
+        return ScanResult(*module.scan(arguments))
+
+
+def _backend(name: str):
+    if name not in BACKENDS:
+        near = get_close_matches(str(name), (*BACKENDS, "auto"), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"unknown `backend` {name!r}{hint} Known: auto, {', '.join(BACKENDS)}")
+    if name == "triton" and find_spec("triton") is None:
+        raise ValueError('backend "triton" needs the triton package, which is not installed: use backend="cpu"')
+    return import_module(f"mamba_probe.kernels.scan.{_MODULES[name]}")
+
+
+def _refuse_unsupported(seq_idx: Tensor | None, log_decay: Tensor | None, discretization: str) -> None:
+    for name, value in (("seq_idx", seq_idx), ("log_decay", log_decay)):
+        if value is not None:
+            raise ValueError(f"`{name}` is not supported yet; pass None")
+    if discretization not in DISCRETIZATIONS:
+        known = ", ".join(DISCRETIZATIONS)
+        raise ValueError(f"`discretization` {discretization!r} is not supported yet; known: {known} (B_bar = delta B)")

@@ -1,0 +1,97 @@
+"""The Triton kernel through its interpreter on CPU tensors: a script for TRITON_INTERPRET=1, one line a case.
+
+A process of its own, since Triton reads the variable when it is imported. Tiny sizes: the cost is programs x tokens.
+"""
+
+import torch
+from oracle import EMITTED, SHAPES, by_name, cast, chosen, closed_form, draw, errors, violations
+
+from mamba_probe.kernels.scan import Emit, selective_scan
+
+TOKENS, CHANNELS = (0, 2, 40), (3, 1)
+PER_TOKEN = ("x", "delta", "B", "C", "z")
+
+
+def triton(arguments, **options):
+    return by_name(selective_scan(**arguments, **options, backend="triton"))
+
+
+def bound(family, batch, token, group):
+    arguments = draw(family, batch, token, group)
+    naive = by_name(selective_scan(**arguments, emit=Emit(EMITTED), backend="naive"))
+    found = triton(arguments, emit=Emit(EMITTED))
+    assert set(found) == {"out", "last_state", *EMITTED}
+    broken = violations(found, closed_form(**arguments), naive)
+    assert not broken, (family, batch, token, group, broken)
+
+
+def double(family):
+    arguments = cast(draw(family, 1, 5, 2), torch.float64)
+    assert max(errors(triton(arguments, emit=Emit(EMITTED)), closed_form(**arguments)).values()) < 1e-12
+
+
+def plain(family):
+    arguments = {name: draw(family, 1, 5)[name] for name in ("x", "delta", "A", "B", "C")}
+    arguments["delta"] += 2
+    assert max(errors(triton(arguments), closed_form(**arguments)).values()) < 1e-6
+
+
+def narrow(family):
+    arguments = cast(draw(family, 1, 9), torch.bfloat16, PER_TOKEN)
+    naive = by_name(selective_scan(**cast(arguments, torch.float32), emit=Emit(EMITTED), backend="naive"))
+    found = triton(arguments, emit=Emit(EMITTED))
+    assert found["out"].dtype == torch.bfloat16
+    broken = violations(found, closed_form(**arguments), naive, out_bound=torch.finfo(torch.bfloat16).eps)
+    assert not broken, (family, broken)
+
+
+def selection_and_split(family):
+    arguments = draw(family, 2, 41, 2)
+    exact = closed_form(**arguments)
+    bare = triton(arguments)
+    assert set(bare) == {"out", "last_state"}
+    part = triton(arguments, emit=Emit(EMITTED, tokens=TOKENS, channels=CHANNELS))
+    assert (part["out"] - bare["out"]).abs().max() <= 1e-6 * bare["out"].abs().max()
+    assert max(errors(part, chosen(exact, TOKENS, CHANNELS)).values()) < 1e-6
+    first = selective_scan(**arguments | {name: arguments[name][:, :17] for name in PER_TOKEN}, backend="triton")
+    rest = {name: arguments[name][:, 17:] for name in PER_TOKEN} | {"initial_state": first.last_state}
+    second = triton(arguments | rest)
+    joined = {"out": torch.cat([first.y, second["out"]], 1), "last_state": second["last_state"]}
+    assert max(errors(joined, bare).values()) < 1e-6
+
+
+def small_delta():
+    """Softplus keeps its relative accuracy at small steps, and is the identity above 20."""
+    raw = torch.tensor([-30.0, -20.0, -14.0, -5.0, 0.0, 5.0, 19.0, 21.0])
+    one = torch.ones(1, 8, 1, 1)
+    delta = triton(
+        {"x": one, "delta": raw[None, :, None], "A": -one[0, :1, 0], "B": one, "C": one, "delta_softplus": True},
+        emit=Emit(("delta",)),
+    )["delta"].flatten()
+    exact = torch.nn.functional.softplus(raw.double())
+    assert ((delta - exact) / exact).abs().max() < 5e-7
+
+
+def nan_passes(name):
+    arguments = draw("mamba", 1, 4)
+    arguments[name].view(-1)[0] = float("nan")
+    found = triton(arguments, emit=Emit(("delta", "A_bar")))
+    assert found["out"].isnan().any()
+    assert found["A_bar"].isnan().any()
+    assert found["delta"].isnan().any() == (name == "delta")
+
+
+def main():
+    torch.use_deterministic_algorithms(True)  # torch.empty answers NaN: an output that is not written shows
+    cases = [(bound, family, 2, token, 2) for family in SHAPES for token in (1, 3, 65)]
+    cases += [(bound, family, 3, 64, 1) for family in ("mamba", "mamba2")]
+    cases += [(bound, family, 1, 257, 1) for family in ("mamba", "mamba2")]
+    cases += [(check, family) for check in (double, plain, narrow, selection_and_split) for family in SHAPES]
+    cases += [(small_delta,), (nan_passes, "delta"), (nan_passes, "A")]
+    for check, *arguments in cases:
+        check(*arguments)
+        print("held", check.__name__, *arguments, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""The Triton backend, compiled, at real sizes on a CUDA device; the oracle is the float64 naive scan there.
+
+Never skips: without a CUDA device these fail. Run them with `pytest -m gpu`.
+"""
+
+import pytest
+import torch
+
+from mamba_probe.kernels.scan import Emit, choose_backend, selective_scan
+
+pytestmark = pytest.mark.gpu
+
+NARROW = ("x", "delta", "B", "C", "z")
+SIZES = {  # batch, token, group, (head, head_channel, state, whether A is a scalar a head)
+    "mamba1_wide": (2, 2048, 1, (1536, 1, 16, False)),
+    "mamba1_odd": (1, 4097, 1, (1500, 1, 16, False)),
+    "mamba2_one_group": (1, 4096, 1, (80, 64, 128, True)),
+    "mamba2_two_groups": (1, 4096, 2, (80, 64, 128, True)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _cuda():
+    assert torch.cuda.is_available(), "these tests need a CUDA device"
+    assert choose_backend("cuda").name == "triton"
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
+    assert torch.empty(4, device="cuda").isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.cuda.empty_cache()
+
+
+def arguments(oracle, size):
+    batch, token, group, shape = SIZES[size]
+    return oracle.draw(None, batch, token, group, shape=shape, device="cuda")
+
+
+def scans(oracle, inputs, emit):
+    double = oracle.by_name(selective_scan(**oracle.cast(inputs, torch.float64), emit=emit, backend="naive"))
+    single = oracle.cast(inputs, torch.float32)
+    naive = oracle.by_name(selective_scan(**single, emit=emit, backend="naive"))
+    return double, naive
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_holds_the_bound(oracle, size, dtype):
+    inputs = oracle.cast(arguments(oracle, size), dtype, NARROW)
+    emit = Emit(oracle.EMITTED, tokens=range(0, inputs["x"].shape[1], 61))
+    exact, naive = scans(oracle, inputs, emit)
+    found = selective_scan(**inputs, emit=emit)
+    assert found.y.dtype == dtype
+    assert found.last_state.dtype == torch.float32
+    found = oracle.by_name(found)
+    assert set(found) == {"out", "last_state", *oracle.EMITTED}
+    print(size, dtype, *[{name: f"{value:.1e}" for name, value in oracle.errors(every, exact).items()}
+                         for every in (found, naive)], sep="\n")  # fmt: skip
+    out_bound = None if dtype == torch.float32 else torch.finfo(dtype).eps
+    assert not oracle.violations(found, exact, naive, out_bound=out_bound)
+
+
+@pytest.mark.parametrize("size", ["mamba1_odd", "mamba2_two_groups"])
+def test_emission_is_the_selection_of_all_and_leaves_y(oracle, size):
+    inputs = arguments(oracle, size)
+    names = tuple(name for name in oracle.EMITTED if name != "h" or size == "mamba1_odd")  # 11 GB of h
+    tokens, channels = (0, 63, 64, 1000, 4095), (41, 3, 79)
+    full = oracle.by_name(selective_scan(**inputs, emit=Emit(names)))
+    part = oracle.by_name(selective_scan(**inputs, emit=Emit(names, tokens=tokens, channels=channels)))
+    bare = oracle.by_name(selective_scan(**inputs))
+    assert set(bare) == {"out", "last_state"}
+    for name in names:
+        expected = full[name][:, list(tokens)]
+        expected = expected if name in "BC" else expected[:, :, list(channels)]
+        assert torch.equal(part[name], expected), name
+    for other in (full, bare):
+        assert (part["out"] - other["out"]).abs().max() <= 1e-6 * bare["out"].abs().max()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("cut", [1, 1027])
+def test_split_scan_is_the_whole_scan(oracle, size, cut):
+    inputs = arguments(oracle, size)
+    whole = selective_scan(**inputs)
+    first = selective_scan(**inputs | {name: inputs[name][:, :cut] for name in NARROW})
+    rest = {name: inputs[name][:, cut:] for name in NARROW} | {"initial_state": first.last_state}
+    second = selective_scan(**inputs | rest)
+    y = torch.cat([first.y, second.y], 1)
+    assert (y - whole.y).abs().max() <= 1e-6 * whole.y.abs().max()
+    assert (second.last_state - whole.last_state).abs().max() <= 1e-6 * whole.last_state.abs().max()
+
+
+@pytest.mark.parametrize("size", ["mamba1_wide", "mamba2_one_group"])
+def test_long_memory(oracle, size):
+    inputs = arguments(oracle, size)
+    inputs["A"] = torch.full_like(inputs["A"], -1e-6)
+    exact, naive = scans(oracle, inputs, None)
+    found = oracle.by_name(selective_scan(**inputs))
+    assert not oracle.violations(found, exact, naive)
+
+
+def test_a_large_delta_resets(oracle):
+    inputs = arguments(oracle, "mamba2_two_groups") | {"delta_limits": (0.0, float("inf"))}
+    inputs["delta"][:, 2000] = 1e4
+    inputs["B"][:, 2000] = 0.0
+    exact, naive = scans(oracle, inputs, None)
+    assert not oracle.violations(oracle.by_name(selective_scan(**inputs)), exact, naive)
+    after = inputs | {name: inputs[name][:, 2001:] for name in NARROW} | {"initial_state": None}
+    tails = [values | {"out": values["out"][:, 2001:]} for values in (exact, naive)]
+    assert not oracle.violations(oracle.by_name(selective_scan(**after)), *tails)
+
+
+def test_float64_and_small_sizes(oracle):
+    for token in (1, 3, 63, 64, 65, 257):
+        for family in oracle.SHAPES:
+            inputs = oracle.cast(oracle.draw(family, 3, token, 2, device="cuda"), torch.float64)
+            exact, _ = scans(oracle, inputs, Emit(oracle.EMITTED))
+            found = oracle.by_name(selective_scan(**inputs, emit=Emit(oracle.EMITTED)))
+            assert max(oracle.errors(found, exact).values()) < 1e-12, (family, token)
+
+
+def test_the_largest_layer_runs(oracle):
+    """(4, 4096, 5120, 16), bfloat16: Mamba-2.8B's layer."""
+    inputs = oracle.draw(None, 4, 4096, shape=(5120, 1, 16, False), device="cuda")
+    inputs = oracle.cast(inputs, torch.bfloat16, NARROW)
+    exact, naive = scans(oracle, inputs, None)
+    found = oracle.by_name(selective_scan(**inputs))
+    assert not oracle.violations(found, exact, naive, out_bound=torch.finfo(torch.bfloat16).eps)
+    times = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    times[0].record()
+    selective_scan(**inputs)
+    times[1].record()
+    torch.cuda.synchronize()
+    print("ms", times[0].elapsed_time(times[1]))
+    assert times[0].elapsed_time(times[1]) < 100
+
+
+def test_gradients_are_refused(oracle):
+    inputs = oracle.draw("mamba", 1, 4, device="cuda")
+    inputs["x"].requires_grad_()
+    with pytest.raises(ValueError, match='backend="cpu"'):
+        selective_scan(**inputs)
+    with torch.no_grad():
+        assert selective_scan(**inputs).y.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["delta", "A", "x", "B"])
+def test_nan_passes(oracle, name):
+    inputs = oracle.draw("mamba", 1, 4, device="cuda")
+    inputs[name].view(-1)[0] = float("nan")
+    found = selective_scan(**inputs, emit=Emit(("delta", "A_bar")))
+    assert found.y.isnan().any()
+    assert found.emission.delta.isnan().any() == (name == "delta")
+    assert found.emission.A_bar.isnan().any() == (name in ("delta", "A"))

@@ -1,0 +1,69 @@
+"""The Triton backend without a GPU: its arithmetic through the interpreter, and how it is chosen and refused."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mamba_probe.kernels.scan import choose_backend, selective_scan
+
+
+def python(*arguments, **environment):
+    """A fresh interpreter, in which Triton was not imported yet; TRITON_INTERPRET stays out of this process."""
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=240)
+
+
+def test_the_interpreted_kernel_holds_the_bound():
+    done = python(Path(__file__).with_name("interpreted.py"), TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 28
+
+
+def test_importing_and_running_the_scan_leaves_triton_out():
+    code = (
+        "import sys, torch; import mamba_probe.kernels.scan as scan; one = torch.ones(1, 2, 1, 1);"
+        "scan.selective_scan(one, one[..., 0], -one[0, :1, 0], one, one);"
+        "print([name for name in sys.modules if name.startswith(('triton', 'transformers', 'matplotlib'))])"
+    )
+    done = python("-c", code)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_cpu_tensors_are_refused_with_the_two_ways_out(oracle):
+    arguments = oracle.draw("mamba", 1, 4)
+    with pytest.raises(ValueError, match=r'`x` is on cpu: use backend="cpu", or set TRITON_INTERPRET=1'):
+        selective_scan(**arguments, backend="triton")
+
+
+def test_gradients_are_refused_by_name():
+    code = (
+        "import torch; from mamba_probe.kernels.scan import selective_scan; one = torch.ones(1, 2, 1, 1)\n"
+        "inputs = one, one[..., 0], one[0, :1, 0], one, one, torch.ones(1, requires_grad=True)\n"
+        "with torch.no_grad(): print(selective_scan(*inputs, backend='triton').y)\n"
+        "selective_scan(*inputs, backend='triton')"
+    )
+    done = python("-c", code, TRITON_INTERPRET="1")
+    assert done.stdout.startswith("tensor"), done.stderr
+    assert 'ValueError: backend "triton" is forward only' in done.stderr
+    assert 'use backend="cpu"' in done.stderr
+
+
+def test_auto_chooses_by_device_and_never_naive(oracle, monkeypatch):
+    assert choose_backend(torch.device("cpu")).name == "cpu"
+    assert choose_backend("cuda:0").name == "triton"
+    assert choose_backend("meta").name == "cpu"
+    assert "cpu" in choose_backend("cpu").reason
+    monkeypatch.setattr("mamba_probe.kernels.scan.naive.scan", None)
+    arguments = oracle.draw("mamba", 1, 4)
+    assert torch.equal(selective_scan(**arguments).y, selective_scan(**arguments, backend="cpu").y)
+
+
+def test_a_missing_triton_is_named(oracle, monkeypatch):
+    monkeypatch.setattr("mamba_probe.kernels.scan.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r'triton package, which is not installed: use backend="cpu"'):
+        selective_scan(**oracle.draw("mamba", 1, 4), backend="triton")

@@ -1,0 +1,260 @@
+"""The command line: `mamba-probe report MODEL --task mqar -o DIR`, and the steps it is made of."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    help="Look inside trained Mamba models: record delta, A_bar, B and C, and measure what input selectivity does.\n\n"
+    "Start with: [bold]mamba-probe report zoo:mqar-mamba1 --task mqar -o report[/bold]",
+)  # fmt: skip
+out, err = Console(), Console(stderr=True)
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+class Task(StrEnum):
+    """Tasks that can be generated."""
+
+    mqar = "mqar"
+
+
+class Backend(StrEnum):
+    """Backends of the scan."""
+
+    auto = "auto"
+    cpu = "cpu"
+    naive = "naive"
+    triton = "triton"
+
+
+MODEL = Annotated[str, typer.Argument(help="zoo:NAME, a directory (transformers or state-spaces format), or a hub id.")]
+OUT = Annotated[Path, typer.Option("--out", "-o", help="Directory to write to.")]
+TASK = Annotated[Task | None, typer.Option(help="Record on a generated task, whose answers are known.")]
+TEXT = Annotated[Path | None, typer.Option(help="Record on a text file (UTF-8), cut into rows of --length tokens.")]
+TOKENIZER = Annotated[str | None, typer.Option(help="Directory or hub id of the tokenizer; default: MODEL's own.")]
+ROWS = Annotated[
+    int | None, typer.Option(min=1, help="Rows: of the task (default 64), of the text at most (default 4).")
+]
+LENGTH = Annotated[int | None, typer.Option(min=1, help="Tokens a row: of the task (default 64), of the text (512).")]
+PAIRS = Annotated[int, typer.Option(min=1, help="Key-value pairs in a row of mqar.")]
+SEED = Annotated[int, typer.Option(help="Seed of the task, the randomised twin and the intervals.")]
+OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Replace what the directory holds of an earlier run.")]
+BACKEND = Annotated[Backend, typer.Option(help="Backend of our scan; `mamba-probe doctor` says what auto is here.")]
+
+
+def answered(command: Callable[P, R]) -> Callable[P, R]:
+    """Wrong input ends with exit code 2 and one clear message; a fault of ours keeps its traceback."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, OSError) as error:
+            err.print("[bold red]error:[/bold red]", end=" ")
+            err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from None
+
+    return run
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """One line a step, with its time; on stderr, so that output can be piped."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=err) as bar:
+        running: list[Any] = []
+
+        def say(step: str) -> None:
+            if running:
+                bar.update(running[-1], total=1, completed=1)
+            running.append(bar.add_task(step, total=None))
+
+        yield say
+        if running:
+            bar.update(running[-1], total=1, completed=1)
+
+
+@app.command()
+@answered
+def report(
+    model: MODEL, out_dir: OUT, task: TASK = None, text: TEXT = None, tokenizer: TOKENIZER = None, rows: ROWS = None,
+    length: LENGTH = None, n_pairs: PAIRS = 8, seed: SEED = 0, overwrite: OVERWRITE = False,
+    backend: BACKEND = Backend.auto,
+) -> None:  # fmt: skip
+    """The main job: record, the three analyses, pictures, one self-contained [bold]report.html[/bold].
+
+    Writes DIR/trace.zarr, weights.nc, parity.nc, results/*.nc, figures/*.png and *.svg, report.html.
+
+    Examples:
+
+      mamba-probe report zoo:mqar-mamba1 --task mqar -o report
+
+      mamba-probe report state-spaces/mamba-130m --text notes.txt --tokenizer EleutherAI/gpt-neox-20b -o report
+    """
+    from mamba_probe.report import analyse, finding, write_report
+
+    _check_free(out_dir, overwrite)
+    with progress() as say:
+        run = _record(model, task, text, tokenizer, rows, length, n_pairs, seed, backend, say)
+        run.save(out_dir, overwrite=overwrite)
+        results = analyse(run, out_dir / "results", seed=seed, say=say, overwrite=overwrite)
+        say("drawing")
+        page = write_report(run, results, out_dir)
+    for name, result in results.items():
+        out.print(f"[bold]{name}[/bold]: {finding(name, result).sentence}", highlight=False, soft_wrap=True)
+    out.print(f"[bold]report[/bold]: {page}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@answered
+def record(
+    model: MODEL, out_dir: OUT, task: TASK = None, text: TEXT = None, tokenizer: TOKENIZER = None, rows: ROWS = None,
+    length: LENGTH = None, n_pairs: PAIRS = 8, seed: SEED = 0, overwrite: OVERWRITE = False,
+    backend: BACKEND = Backend.auto,
+) -> None:  # fmt: skip
+    """Record only: DIR/trace.zarr with the weights, the parity and, for a task, answers under edits and a twin.
+
+    Example:
+
+      mamba-probe record zoo:mqar-mamba1 --task mqar -o run
+    """
+    _check_free(out_dir, overwrite)
+    with progress() as say:
+        run = _record(model, task, text, tokenizer, rows, length, n_pairs, seed, backend, say)
+        run.save(out_dir, overwrite=overwrite)
+    out.print(run.trace.probe, highlight=False)
+    out.print(f"[bold]run[/bold]: {out_dir}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@answered
+def analyze(
+    name: Annotated[str, typer.Argument(help="wavelet_alignment, memory_horizon or recall_circuit.")],
+    run_dir: Annotated[Path, typer.Argument(help="What `record` or `report` wrote.")],
+    out_dir: OUT, seed: SEED = 0, overwrite: OVERWRITE = False,
+) -> None:  # fmt: skip
+    """One analysis of a recorded run: DIR/NAME.nc and its picture.
+
+    Example:
+
+      mamba-probe analyze memory_horizon run -o results
+    """
+    from mamba_probe.report import analyse, draw, finding
+    from mamba_probe.run import Run
+
+    with progress() as say:
+        results = analyse(Run.open(run_dir), out_dir, names=(name,), seed=seed, say=say, overwrite=overwrite)
+        say("drawing")
+        paths = draw(name, results[name], out_dir)
+    out.print(finding(name, results[name]).sentence, highlight=False, soft_wrap=True)
+    out.print(*(str(path) for path in paths), sep="\n", highlight=False, soft_wrap=True)
+
+
+@app.command("zoo")
+@answered
+def zoo_command() -> None:
+    """The checkpoints that ship with the package, and what each is."""
+    from mamba_probe import zoo
+
+    table = Table(Column("name", no_wrap=True), "what it is", "task", "accuracy", "parameters")
+    for name in zoo.names():
+        card = zoo.card(name)
+        task = ", ".join(
+            f"{key} {value}" for key, value in card["task"].items() if key not in ("name", "seed", "batch")
+        )
+        accuracy = card["accuracy"]
+        counts = f"{accuracy['value']:.3f} ({accuracy['correct']}/{accuracy['total']})"
+        table.add_row(f"zoo:{name}", card["what"], f"{card['task']['name']}: {task}", counts, f"{card['parameters']:,}")
+    out.print(table)
+
+
+@app.command()
+@answered
+def doctor() -> None:
+    """Versions, devices and backends: what would be used here, and why."""
+    import platform
+
+    import torch
+
+    from mamba_probe.kernels.scan import choose_backend
+    from mamba_probe.provenance import versions
+
+    table = Table("what", "found")
+    table.add_row("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    for package, found in versions().items():
+        table.add_row(package, found)
+    cuda = torch.cuda.is_available()
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
+    table.add_row("CUDA devices", ", ".join(devices) or "none")
+    table.add_row("CPU threads", str(torch.get_num_threads()))
+    for device in ["cpu", *(["cuda"] if cuda else [])]:
+        choice = choose_backend(device)
+        table.add_row(f"backend on {device}", f"{choice.name}: {choice.reason}")
+    out.print(table)
+
+
+def _check_free(directory: Path, overwrite: bool) -> None:
+    if directory.is_file():
+        raise ValueError(f"{directory} is a file: -o names a directory")
+    taken = [name for name in ("trace.zarr", "report.html") if (directory / name).exists()]
+    if taken and not overwrite:
+        raise ValueError(f"{directory} holds an earlier run ({', '.join(taken)}): pass --overwrite, or choose another")
+
+
+def _record(
+    source: str, task: Task | None, text: Path | None, tokenizer: str | None, rows: int | None, length: int | None,
+    n_pairs: int, seed: int, backend: Backend, say: Callable[[str], None],
+) -> Any:  # fmt: skip
+    from mamba_probe import run
+    from mamba_probe.load import load, load_tokenizer
+
+    if (task is None) == (text is None):
+        raise ValueError("say what to record on: either --task mqar or --text FILE")
+    say(f"loading {source}")
+    _quiet_transformers()
+    model = load(source)
+    if task is not None:
+        return run.record_task(
+            model, task.value, rows=rows or 64, length=length or 64, n_pairs=n_pairs, seed=seed,
+            backend=backend.value, say=say,
+        )  # fmt: skip
+    assert text is not None
+    if not text.is_file():
+        raise FileNotFoundError(f"no text file at {text}")
+    given = run.Text(text, load_tokenizer(tokenizer or source), length or 512, rows or 4)
+    return run.record_text(model, given, backend=backend.value, say=say)
+
+
+def _quiet_transformers() -> None:
+    """transformers notes on every slow path that it would take; none of them is taken."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    """Look inside trained Mamba models."""
+    if show:
+        from mamba_probe import __version__
+
+        out.print(f"mamba-probe {__version__}", highlight=False)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of `mamba-probe`."""
+    app()

@@ -1,0 +1,8 @@
+"""From a recorded run to results, pictures and one self-contained page."""
+
+from mamba_probe.report.analysing import ANALYSES, analyse
+from mamba_probe.report.figures import draw
+from mamba_probe.report.findings import Finding, Row, finding
+from mamba_probe.report.page import write_report
+
+__all__ = ["ANALYSES", "Finding", "Row", "analyse", "draw", "finding", "write_report"]

@@ -1,0 +1,42 @@
+"""One picture an analysis, as PNG for the page and SVG for a paper."""
+
+from collections.abc import Callable
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+
+from mamba_probe.analyses import memory_horizon, recall_circuit, wavelet_alignment
+
+__all__ = ["draw"]
+
+PANELS: dict[str, tuple[Callable[..., Any], ...]] = {
+    "recall_circuit": (recall_circuit.plot,),
+    "memory_horizon": (partial(memory_horizon.plot, kind="share"), partial(memory_horizon.plot, kind="horizon")),
+    "wavelet_alignment": (
+        partial(wavelet_alignment.plot, kind="compaction"),
+        partial(wavelet_alignment.plot, kind="cosine"),
+    ),
+}
+"""Panels of a picture, from above; the second compares layers, and is left out where there is one."""
+RC = {"svg.hashsalt": "mamba_probe", "svg.fonttype": "none", "font.size": 10}
+
+
+def draw(name: str, result: xr.Dataset, directory: str | PathLike[str]) -> list[Path]:
+    """Draw a result to DIRECTORY/NAME.png and NAME.svg; the same result gives the same bytes."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(RC):
+        panels = PANELS[name][: 2 if result.sizes["layer"] > 1 else 1]
+        figure = Figure(figsize=(8.5, 4.6 * len(panels)), layout="constrained")
+        for ax, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+            panel(result, ax)
+        paths = [directory / f"{name}.png", directory / f"{name}.svg"]
+        figure.savefig(paths[0], dpi=160)
+        figure.savefig(paths[1], metadata={"Date": None})
+    return paths

@@ -1,0 +1,84 @@
+"""One self-contained HTML page: what was found, against which null, from what."""
+
+import base64
+import os
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from mamba_probe.report.figures import draw
+from mamba_probe.report.findings import finding, number
+from mamba_probe.run import Run
+
+__all__ = ["write_report"]
+
+TEMPLATE = Path(__file__).parent / "page.html"
+
+
+def write_report(run: Run, results: dict[str, xr.Dataset], directory: str | PathLike[str]) -> Path:
+    """Draw every result to DIRECTORY/figures and write DIRECTORY/report.html, which needs no other file."""
+    from jinja2 import Environment, StrictUndefined
+
+    directory = Path(directory)
+    sections = []
+    for name, result in results.items():
+        png, svg = draw(name, result, directory / "figures")
+        sections.append({"name": name, "finding": finding(name, result), "png": _embedded(png), "svg": svg.name})
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(TEMPLATE.read_text()).render(
+        model=run.trace.attrs["model"], subject=_subject(run.trace), sections=sections,
+        provenance=_provenance(run), parity=_parity(run.parity), parity_error=run.parity.attrs["error"],
+    )  # fmt: skip
+    path = directory / "report.html"
+    partial = path.with_suffix(".partial")
+    partial.write_text(page)
+    os.replace(partial, path)
+    return path
+
+
+def _embedded(png: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(png.read_bytes()).decode()
+
+
+def _subject(trace: xr.Dataset) -> str:
+    """What the model ran on, in words."""
+    n_tokens = int(trace["valid"].sum())
+    size = f"{trace.sizes['batch']} rows, {n_tokens:,} tokens, {trace.sizes['layer']} layer(s)"
+    if "task" in trace.attrs:
+        chosen = {key: value for key, value in trace.attrs["task_params"].items() if key not in ("batch",)}
+        return f"task {trace.attrs['task']} ({', '.join(f'{k} {v}' for k, v in chosen.items())}); {size}"
+    left = trace.attrs.get("tokens_left_out", 0)
+    return f"text {Path(trace.attrs.get('text', '')).name}; {size}" + (
+        f"; {left:,} tokens of the file left out" if left else ""
+    )
+
+
+def _provenance(run: Run) -> list[tuple[str, str]]:
+    attrs: dict[str, Any] = run.trace.attrs
+    shown = ("model", "model_hash", "family", "discretization", "dtype", "backend", "created_at", "schema_version")
+    rows = [(key.replace("_", " "), str(attrs[key])) for key in shown]
+    rows.append(("versions", ", ".join(f"{name} {version}" for name, version in attrs["versions"].items())))
+    return rows
+
+
+def _parity(parity: xr.Dataset) -> list[tuple[str, str]]:
+    """The worst layer of each comparison."""
+    text = {
+        "out_vs_native": "mixer output: probe against the untouched model",
+        "out_vs_oracle": "mixer output: probe against the float64 oracle",
+        "native_vs_oracle": "mixer output: untouched model against the float64 oracle",
+        "delta": "delta: recorded against the float64 oracle",
+        "B": "B: recorded against the float64 oracle",
+        "C": "C: recorded against the float64 oracle",
+        "logits_vs_native": "logits: probe against the untouched model",
+    }
+    rows = []
+    for name, what in text.items():
+        if name in parity:
+            worst = np.atleast_1d(parity[name].values)
+            where = f" (layer {parity['layer'].values[worst.argmax()]})" if worst.size > 1 else ""
+            rows.append((what, f"{number(worst.max(), 2)}{where}"))
+    return rows

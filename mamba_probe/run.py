@@ -1,0 +1,201 @@
+"""A run: one model on one task or text, recorded with everything the analyses need, in one directory.
+
+DIR/trace.zarr  weights.nc  parity.nc            always
+DIR/interventions.nc  twin.zarr  twin_weights.nc  for a task: answers under edits, and the randomised twin
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import nn
+
+from mamba_probe import tasks
+from mamba_probe.hooks import ablate, freeze
+from mamba_probe.probe import Probe, attach
+from mamba_probe.tasks import Task
+from mamba_probe.trace.contract import unknown_name
+from mamba_probe.trace.schema import DEFAULT_VARIABLES
+from mamba_probe.trace.store import open_dataset, open_trace, save
+
+__all__ = ["TASKS", "Run", "Text", "randomised_twin", "record_task", "record_text"]
+
+TASKS = {"mqar": tasks.mqar}
+EDITS = (ablate("conv"), ablate("gate"), freeze("delta"), freeze("B"), freeze("C"))
+PARITY_ROWS = 2
+"""Rows that the float64 oracle, a sequential loop, is run on."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was recorded of one model."""
+
+    trace: xr.Dataset
+    weights: xr.Dataset
+    parity: xr.Dataset
+    interventions: xr.Dataset | None = None
+    twin: tuple[xr.Dataset, xr.Dataset] | None = None
+
+    def save(self, directory: str | PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write the stores.
+
+        Raises:
+            ValueError: a store exists, unless overwriting.
+        """
+        directory = Path(directory)
+        for name, dataset in self._stores().items():
+            if dataset is not None:
+                save(dataset, directory / name, overwrite=overwrite)
+        return directory
+
+    def _stores(self) -> dict[str, xr.Dataset | None]:
+        twin_trace, twin_weights = self.twin or (None, None)
+        return {
+            "trace.zarr": self.trace, "weights.nc": self.weights, "parity.nc": self.parity,
+            "interventions.nc": self.interventions, "twin.zarr": twin_trace, "twin_weights.nc": twin_weights,
+        }  # fmt: skip
+
+    @classmethod
+    def open(cls, directory: str | PathLike[str]) -> "Run":
+        """Open what `save` wrote, lazily.
+
+        Raises:
+            FileNotFoundError: no run there.
+        """
+        directory = Path(directory)
+        if not (directory / "trace.zarr").exists():
+            raise FileNotFoundError(f"{directory} holds no run (no trace.zarr): make one with `mamba-probe record`")
+        twin_weights = _optional(directory / "twin_weights.nc")
+        twin = None if twin_weights is None else (open_trace(directory / "twin.zarr"), twin_weights)
+        return cls(
+            open_trace(directory / "trace.zarr"), open_dataset(directory / "weights.nc"),
+            open_dataset(directory / "parity.nc").load(), _optional(directory / "interventions.nc"), twin,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Text:
+    """A file's tokens in rows of one length; the last row may be shorter."""
+
+    path: str | PathLike[str]
+    tokenizer: Any
+    length: int = 512
+    rows: int = 4
+
+    def read(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        """Ids, mask and token texts (row, token), and how many tokens of the file were left out.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not text, or no tokens.
+        """
+        try:
+            ids = self.tokenizer(Path(self.path).read_text(encoding="utf-8"))["input_ids"]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.path} is not UTF-8 text: {error}") from error
+        if not ids:
+            raise ValueError(f"{self.path} has no tokens: an empty sequence cannot be recorded")
+        used = ids[: self.length * self.rows]
+        shape = (ceil(len(used) / self.length), min(self.length, len(used)))
+        flat = np.zeros(shape[0] * shape[1], np.int64)
+        flat[: len(used)] = used
+        mask = np.arange(flat.size) < len(used)
+        pieces = np.full(flat.size, "", dtype=object)
+        pieces[: len(used)] = self.tokenizer.convert_ids_to_tokens(used)
+        return flat.reshape(shape), mask.reshape(shape).astype(np.int64), pieces.reshape(shape), len(ids) - len(used)
+
+
+def record_task(
+    model: nn.Module, name: str, *, rows: int = 64, length: int = 64, n_pairs: int = 8, vocab: int | None = None,
+    seed: int = 0, backend: str = "auto", batch_size: int | None = 16, say: Say = lambda _: None,
+) -> Run:  # fmt: skip
+    """Record a language model on a generated task: trace, weights, parity, answers under edits, randomised twin.
+
+    Args:
+        model: with an embedding; `vocab` defaults to its number of ids (one fewer if odd).
+        name: of the task; see `TASKS`.
+        rows, length, n_pairs, vocab, seed: of the task.
+        batch_size: rows a forward call.
+        say: told each step before it starts.
+
+    Raises:
+        ValueError: an unknown task, sizes that cannot be, a model without token ids.
+    """
+    if name not in TASKS:
+        raise unknown_name("task", name, tuple(TASKS))
+    task = TASKS[name](batch=rows, length=length, n_pairs=n_pairs, vocab=vocab or _even(_vocab(model)), seed=seed)
+    with attach(model, backend=backend) as probe:
+        trace, weights = _record_task(probe, task, batch_size, say)
+        say("parity with the untouched model and the float64 oracle")
+        parity = probe.parity(task.input_ids[:PARITY_ROWS])
+        say("answers with parts edited")
+        interventions = probe.intervene(task, EDITS, batch_size=batch_size)
+    say("the randomised twin")
+    with attach(randomised_twin(model, seed), backend=backend) as probe:
+        twin = _record_task(probe, task, batch_size, lambda _: None)
+    return Run(trace, weights, parity, interventions, twin)
+
+
+def _record_task(probe: Probe, task: Task, batch_size: int | None, say: Say) -> tuple[xr.Dataset, xr.Dataset]:
+    say(f"recording {len(probe.layers)} layer(s) on {task!r}")
+    trace = probe.record(task, variables=(*DEFAULT_VARIABLES, "x", "z", "out"), batch_size=batch_size)
+    return trace, probe.weights()
+
+
+def record_text(model: nn.Module, text: Text, *, backend: str = "auto", say: Say = lambda _: None) -> Run:
+    """Record a language model on a text: trace, weights and parity; no task, so no answers to count.
+
+    Raises:
+        ValueError: an empty file, a tokenizer of another model, a model without token ids.
+    """
+    _vocab(model)
+    ids, mask, pieces, left = text.read()
+    say(f"recording {mask.sum()} tokens of {text.path} in {len(ids)} row(s); {left} tokens left out")
+    with attach(model, backend=backend) as probe:
+        trace = probe.record(ids, mask, batch_size=1).assign_coords(token_text=(("batch", "token"), pieces))
+        say("parity with the untouched model and the float64 oracle")
+        parity = probe.parity(ids[:1], mask[:1])
+        return Run(trace.assign_attrs(text=str(text.path), tokens_left_out=left), probe.weights(), parity)
+
+
+def randomised_twin(model: nn.Module, seed: int = 0) -> nn.Module:
+    """The same architecture with the library's own standard initialisation: what an untrained model measures.
+
+    Raises:
+        ValueError: not a transformers model with a config.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ValueError(f"{type(model).__name__} has no config to build a randomised twin from")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        twin = type(model)(copy.deepcopy(config)).eval()
+    first = next(model.parameters())
+    return twin.to(device=first.device, dtype=first.dtype)
+
+
+def _optional(path: Path) -> xr.Dataset | None:
+    return open_dataset(path).load() if path.exists() else None
+
+
+def _vocab(model: nn.Module) -> int:
+    embed = getattr(model, "get_input_embeddings", lambda: None)()
+    if embed is None:
+        raise ValueError(
+            f"{type(model).__name__} takes hidden states, not token ids, so no task or text can be fed to it here:"
+            " record it from Python with mp.attach(model).record(hidden_states)"
+        )
+    return embed.num_embeddings
+
+
+def _even(n: int) -> int:
+    return n - n % 2

@@ -21,7 +21,7 @@ PANELS: dict[str, tuple[Callable[..., Any], ...]] = {
     ),
 }
 """Panels of a picture, from above; the second compares layers, and is left out where there is one."""
-RC = {"svg.hashsalt": "mamba_probe", "svg.fonttype": "none", "font.size": 10}
+RC: dict[Any, Any] = {"svg.hashsalt": "mamba_probe", "svg.fonttype": "none", "font.size": 10}
 
 
 def draw(name: str, result: xr.Dataset, directory: str | PathLike[str]) -> list[Path]:

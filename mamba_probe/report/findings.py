@@ -154,10 +154,8 @@ def _wavelet(result: xr.Dataset) -> tuple[str, list[Row]]:
     if low == high:
         return f"{said}: {number(cosine[low])}, against {number(null[low])} once time-invariant.", rows
     ends = f"{number(cosine[low])} (layer {layers[low]}) to {number(cosine[high])} (layer {layers[high]})"
-    return (
-        f"{said}: {ends}; once time-invariant {number(np.nanmin(null))} to {number(np.nanmax(null))}{_listed(result)}",
-        rows,
-    )
+    frozen = f"{number(np.nanmin(null))} to {number(np.nanmax(null))}"
+    return f"{said}: {ends}; once time-invariant {frozen}{_listed(result)}", rows
 
 
 MOST_LAYERS = 6
@@ -186,7 +184,7 @@ def _name_layers(result: xr.Dataset) -> str:
 
 _Say = Callable[[xr.Dataset], tuple[str, list[Row]]]
 _ANALYSES: dict[str, tuple[str, str, _Say]] = {
-    "recall_circuit": ("Recall circuit", "Does the model store pairs and read them back, and which part does what?", _recall),
+    "recall_circuit": ("Recall circuit", "Does the model store pairs and read them back, and by which parts?", _recall),
     "memory_horizon": ("Memory horizon", "For how many tokens does a write survive along the path executed?", _horizon),
     "wavelet_alignment": ("Wavelet alignment", "Are the kernels that a layer executed wavelet-like?", _wavelet),
 }  # fmt: skip

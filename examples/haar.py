@@ -33,7 +33,7 @@ for i, kernel in enumerate(kernels):
     label = "constant" if i == 0 else f"|cos| {cosine[i]:.3f}, frozen: {null}"
     ax.annotate(label, (LENGTH, -i), (8, 0), textcoords="offset points", va="center", fontsize=8, annotation_clip=False)
 ax.set(xlabel="token s", ylabel="read-out kernel of the last token", yticks=-np.arange(len(kernels)))
-ax.set_yticklabels(range(len(kernels)))
+ax.set_yticklabels([str(i) for i in range(len(kernels))])
 ax.set_xlim(0, LENGTH)
 ax.spines[["top", "right"]].set_visible(False)
 figure.savefig("haar.png", dpi=160)

@@ -91,9 +91,9 @@ def _tapped(forward: FunctionType, tap: Tap) -> Callable[..., Tensor]:
     def probed_forward(
         self: Any, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        state = None if cache_params is None else cache_params.get_recurrent_state(self.layer_idx, state_idx=0)
+        continues = cache_params is not None and cache_params.has_previous_state(self.layer_idx)
         valid = None if attention_mask is None else attention_mask.bool()
-        tap.call = Call(layer=tap.layer, valid=valid, continues=state is not None)
+        tap.call = Call(layer=tap.layer, valid=valid, continues=continues)
         try:
             out = forward(self, hidden_states, cache_params, attention_mask, **kwargs)
             if tap.listener is not None:

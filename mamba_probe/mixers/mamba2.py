@@ -110,7 +110,7 @@ class Mamba2Adapter(MixerAdapter):
             emit=Emit(("delta",)), backend="naive",
         )  # fmt: skip
         assert result.emission.delta is not None
-        gated = (result.y.flatten(2) * F.silu(z)).unflatten(-1, (-1, mixer.norm.group_size))
+        gated = (result.y.flatten(2) * F.silu(z)).unflatten(-1, (sizes.n_groups, -1))
         normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + mixer.norm.variance_epsilon)
         out = F.linear(normed.flatten(2) * w["norm.weight"], w["out_proj.weight"], w.get("out_proj.bias"))
         return {"delta": result.emission.delta, "B": B, "C": C, "out": out}

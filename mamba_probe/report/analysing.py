@@ -12,11 +12,16 @@ from mamba_probe.run import Run
 from mamba_probe.trace.contract import unknown_name
 from mamba_probe.trace.store import check_free, save
 
-__all__ = ["ANALYSES", "analyse", "last_queries"]
+__all__ = ["ANALYSES", "analyse", "answerable_queries"]
 
 
 def _wavelet(run: Run, seed: int) -> xr.Dataset:
-    return wavelet_alignment.measure(run.trace, query_tokens=last_queries(run.trace), seed=seed)
+    queries = answerable_queries(run.trace)
+    result = wavelet_alignment.measure(run.trace, query_tokens=queries, seed=seed)
+    rule = (
+        "the last valid token" if queries is None else "the last query whose answer lies in its window, else the last"
+    )
+    return result.assign_attrs(queries=f"of each row: {rule}")
 
 
 def _horizon(run: Run, seed: int) -> xr.Dataset:
@@ -59,10 +64,18 @@ def analyse(
     return results
 
 
-def last_queries(trace: xr.Dataset) -> np.ndarray | None:
-    """Position of each row's last query, (batch, 1): where a task's model reads. None without a task (last token)."""
+def answerable_queries(trace: xr.Dataset) -> np.ndarray | None:
+    """Position of one query a row, (batch, 1): the last whose source lies in the window up to it, else the last query.
+
+    A kernel is taken over the last 2^floor(log2 n) of the n tokens up to its query; where the pair was written before
+    that window there is nothing to see. None without a task: then the last valid token is the query.
+    """
     if "role" not in trace.coords:
         return None
-    asked = (trace["role"] == "query").values
-    last = asked.shape[1] - 1 - asked[:, ::-1].argmax(axis=1)
-    return np.take_along_axis(trace["position"].values, last[:, None], axis=1)
+    position = trace["position"].values
+    asked = (trace["role"] == "query").values & trace["valid"].values
+    source = np.take_along_axis(position, np.maximum(trace["source_token"].values, 0), axis=1)
+    window = 2 ** np.floor(np.log2(np.maximum(position + 1, 1))).astype(int)
+    seen = asked & (source > position - window)
+    score = np.where(seen, 2, np.where(asked, 1, 0)) * position.shape[1] + np.arange(position.shape[1])
+    return np.take_along_axis(position, score.argmax(axis=1)[:, None], axis=1)

@@ -29,6 +29,8 @@ class Finding:
     rows: tuple[Row, ...]
     notes: tuple[tuple[str, str], ...]
     """Estimator, null, interval and what is reduced over, as the result states them."""
+    drawn: bool = True
+    """Whether its picture shows numbers, and not only that there are none."""
 
 
 def finding(name: str, result: xr.Dataset) -> Finding:
@@ -36,11 +38,12 @@ def finding(name: str, result: xr.Dataset) -> Finding:
     title, question, say = _ANALYSES[name]
     sentence, rows = say(result)
     stated = (
-        "estimator", "null", "baseline_estimator", "interval", "reduces_over", "window_rule", "censoring",
+        "estimator", "null", "baseline_estimator", "interval", "reduces_over", "queries", "window_rule", "censoring",
         "verdict_rule", "offset_choice", "path", "causal_estimator",
     )  # fmt: skip
     notes = tuple((key.replace("_", " "), str(result.attrs[key])) for key in stated if result.attrs.get(key))
-    return Finding(title, question, sentence, tuple(rows), notes)
+    drawn = name != "recall_circuit" or bool(result["solved"])
+    return Finding(title, question, sentence[0].upper() + sentence[1:], tuple(rows), notes, drawn)
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -57,8 +60,10 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def span(low: float, high: float) -> str:
-    """A 95 % interval, or that there is none."""
-    return "" if np.isnan(low) or np.isnan(high) else f"{number(low)} to {number(high)}"
+    """A 95 % interval, or nothing where there is none."""
+    if np.isnan(low) or np.isnan(high):
+        return ""
+    return number(low) if np.isinf(low) and np.isinf(high) else f"{number(low)} to {number(high)}"
 
 
 def _recall(result: xr.Dataset) -> tuple[str, list[Row]]:
@@ -90,7 +95,7 @@ def _horizon(result: xr.Dataset) -> tuple[str, list[Row]]:
     for layer in _shown(result):
         one = result.sel(layer=layer)
         median, censored = one.sel(quantile=0.5), one["layer_forward_censored_share"].item()
-        lti, shuffled = (number(median[f"layer_{which}_horizon"].item()) for which in ("lti", "null_shuffle"))
+        lti, shuffled = number(median["layer_lti_horizon"].item()), _median(result, layer, "null_shuffle")
         interval = span(*(median[f"layer_forward_horizon_{end}"].item() for end in ("low", "high")))
         null = f"time-invariant {lti}; shuffled {shuffled}"
         rows += [
@@ -112,10 +117,10 @@ def _horizon(result: xr.Dataset) -> tuple[str, list[Row]]:
     return f"The median write decays to 1/e between {ends}{_listed(result)}", rows
 
 
-def _median(result: xr.Dataset, layer: int) -> str:
-    """Median forward horizon of a layer; a bound where it is censored."""
+def _median(result: xr.Dataset, layer: int, which: str = "forward") -> str:
+    """Median horizon of a layer; a bound where it is censored."""
     median = result.sel(layer=layer, quantile=0.5)
-    horizon, least = (median[f"layer_forward_horizon{end}"].item() for end in ("", "_at_least"))
+    horizon, least = (median[f"layer_{which}_horizon{end}"].item() for end in ("", "_at_least"))
     return f"at least {number(least)}" if np.isinf(horizon) else number(horizon)
 
 

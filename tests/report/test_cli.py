@@ -75,9 +75,9 @@ def test_the_report_on_a_task(task_report):
     assert page.count("data:image/png;base64,") == 3
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page), "self-contained"
     assert trace.attrs["model_hash"] in page
-    assert "recall circuit in layer 0" in page
+    assert "Recall circuit in layer 0" in page
     assert not re.search(r"\bnan\b", re.sub(r"base64,[^\"]*", "", page), re.IGNORECASE)
-    assert "recall circuit in layer 0" in done.stdout
+    assert "Recall circuit in layer 0" in done.stdout
 
 
 def test_a_report_is_not_overwritten_unasked_and_is_when_asked(task_report):
@@ -116,7 +116,8 @@ def test_the_report_on_text_has_no_circuit_and_still_answers(text_model, tmp_pat
     circuit = open_dataset(out / "results/recall_circuit.nc")
     assert not bool(circuit["solved"])
     page = (out / "report.html").read_text()
-    assert "no task:" in page
+    assert "No task:" in page
+    assert page.count("data:image/png;base64,") == 2, "no picture of nothing"
     horizon = open_dataset(out / "results/memory_horizon.nc")
     assert np.isfinite(horizon["layer_lti_horizon"].values).all()
     assert "The table has all 3 layers" in page
@@ -127,7 +128,7 @@ def test_record_and_analyze_are_the_steps_of_report(task_report, tmp_path):
     assert call("record", "zoo:mqar-mamba1", *options, "-o", tmp_path / "run").exit_code == 0
     done = call("analyze", "recall_circuit", tmp_path / "run", "-o", tmp_path / "results")
     assert done.exit_code == 0, done.output
-    assert "recall circuit in layer 0" in done.stdout
+    assert "Recall circuit in layer 0" in done.stdout
     assert (tmp_path / "results/recall_circuit.svg").exists()
     result = open_dataset(tmp_path / "results/recall_circuit.nc")
     assert result["baseline"].sel(signature="S1").values.item() < 0.6

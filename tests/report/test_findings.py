@@ -1,0 +1,99 @@
+"""Sentences and tables: true for results that are censored, dead, unsolved, of one row or of many layers."""
+
+import numpy as np
+import pytest
+import xarray as xr
+
+import mamba_probe as mp
+from mamba_probe.analyses import memory_horizon, wavelet_alignment
+from mamba_probe.report import finding
+from mamba_probe.report.analysing import answerable_queries
+from mamba_probe.report.findings import number, span
+
+
+def make_trace(delta, A=1.0, C=1.0, n_layers=1):
+    rows, tokens = len(delta), len(delta[0])
+    steps = np.broadcast_to(np.asarray(delta, np.float32)[None, ..., None], (n_layers, rows, tokens, 1))
+    ones = np.ones((n_layers, rows, tokens, 1, 1), np.float32)
+    return xr.Dataset(
+        {
+            "delta": (("layer", "batch", "token", "channel"), steps),
+            "A": (("layer", "channel", "state"), np.full((n_layers, 1, 1), -A, np.float32)),
+            "B": (("layer", "batch", "token", "group", "state"), ones),
+            "C": (("layer", "batch", "token", "group", "state"), ones * C),
+        },
+        {
+            "layer": np.arange(n_layers) * 3,
+            "valid": (("batch", "token"), np.ones((rows, tokens), bool)),
+            "position": (("batch", "token"), np.tile(np.arange(tokens), (rows, 1))),
+        },
+        {"schema_version": 1, "family": "mamba", "discretization": "euler"},
+    )
+
+
+def test_numbers_and_intervals_in_words():
+    assert [number(v) for v in (0.5, np.nan, np.inf, 2e7)] == ["0.5", "none", "beyond the recording", "2.0e+07"]
+    assert span(np.nan, 1.0) == ""
+    assert span(np.inf, np.inf) == "beyond the recording"
+    assert span(1.0, 2.0) == "1 to 2"
+
+
+def test_a_layer_that_forgets_nothing_is_said_to():
+    said = finding("memory_horizon", memory_horizon.measure(make_trace([[1e-9] * 32] * 3)))
+    assert said.sentence == "Layer 0 forgets nothing within the recording: every horizon is censored."
+    rows = {row.what: row for row in said.rows}
+    assert rows["layer 0: median horizon, tokens"].value == "at least 16"
+    assert "shuffled at least 16" in rows["layer 0: median horizon, tokens"].null
+    assert rows["layer 0: selectivity gain"].value.startswith("not measurable")
+
+
+def test_a_known_horizon_is_stated_with_its_equivalent():
+    said = finding("memory_horizon", memory_horizon.measure(make_trace([[0.25] * 64] * 3)))
+    assert "within 4 tokens; with delta at its mean, 4" in said.sentence
+    assert said.rows[0].value == "4"
+    many = finding("memory_horizon", memory_horizon.measure(make_trace([[0.25] * 64] * 3, n_layers=8)))
+    assert len(many.rows) == 6 * 3
+    one_row = finding("memory_horizon", memory_horizon.measure(make_trace([[0.25] * 64])))
+    assert {row.interval for row in one_row.rows} == {""}
+
+
+def test_kernels_without_energy_are_said_to_be():
+    said = finding("wavelet_alignment", wavelet_alignment.measure(make_trace([[0.5] * 32] * 2, C=0.0)))
+    assert "no kernel has energy" in said.sentence
+    assert said.rows[-1].value == "2 of 2"
+
+
+def test_a_query_is_chosen_whose_answer_its_window_holds():
+    task = mp.tasks.mqar(batch=32, length=64, n_pairs=8, vocab=256, seed=0)
+    trace = xr.Dataset(
+        coords={
+            "role": (("batch", "token"), task.role),
+            "source_token": (("batch", "token"), task.source_token),
+            "position": (("batch", "token"), np.tile(np.arange(64), (32, 1))),
+            "valid": (("batch", "token"), np.ones((32, 64), bool)),
+        }
+    )
+    chosen = answerable_queries(trace)
+    assert chosen.shape == (32, 1)
+    for row, query in enumerate(chosen[:, 0]):
+        held = [t for t in range(64) if task.role[row, t] == "query" and _in_window(task.source_token[row, t], t)]
+        assert query == held[-1]
+    assert answerable_queries(trace.drop_vars("role")) is None
+
+
+def _in_window(source, query):
+    window = 2 ** int(np.log2(query + 1))
+    return source in range(query + 1 - window, query + 1)
+
+
+@pytest.mark.parametrize("name", ["<b>&", "a'b\"c"])
+def test_names_are_escaped_in_the_page(name, tmp_path, monkeypatch):
+    from mamba_probe.report import analyse, write_report
+    from mamba_probe.run import record_task
+
+    model = mp.load("zoo:mqar-mamba1")
+    model._mamba_probe_source = {"source": name}
+    run = record_task(model, "mqar", rows=2, length=16, n_pairs=2)
+    page = write_report(run, analyse(run, tmp_path / "results"), tmp_path).read_text()
+    assert f"<h1>{name}</h1>" not in page
+    assert "<b>&" not in page.replace("<b>estimator", "")

@@ -202,7 +202,10 @@ def doctor() -> None:
     table.add_row("CPU threads", str(torch.get_num_threads()))
     for device in ["cpu", *(["cuda"] if cuda else [])]:
         choice = choose_backend(device)
-        table.add_row(f"backend on {device}", f"{choice.name}: {choice.reason}")
+        table.add_row(f"scan of a model on {device}", f"{choice.name}: {choice.reason}")
+    if not cuda:
+        table.add_row("scan of a model on cuda", "none: torch sees no CUDA device; triton would be used there")
+    table.add_row("scan on request", "--backend naive: the sequential specification, slow, never chosen by itself")
     out.print(table)
 
 

@@ -125,10 +125,10 @@ def elapsed(
     return cumulative[-1] - cumulative[0], int(position[-1] - position[0])
 
 
-def log_spread(horizon: Float[np.ndarray, "*shape quantile"]) -> Float[np.ndarray, "*shape"]:
+def log_spread(horizon: Float[np.ndarray, "head state quantile"]) -> Float[np.ndarray, "head state"]:
     """ln of the last quantile over the first: inf where the last is censored, NaN where the first is too.
 
-    >>> log_spread(np.array([1.0, 2.0, np.e])).item()
+    >>> log_spread(np.array([[[1.0, 2.0, np.e]]])).item()
     1.0
     """
     low = np.where(np.isfinite(horizon[..., 0]), horizon[..., 0], np.nan)
@@ -136,11 +136,11 @@ def log_spread(horizon: Float[np.ndarray, "*shape quantile"]) -> Float[np.ndarra
 
 
 def least_log_spread(
-    horizon: Float[np.ndarray, "*shape quantile"], at_least: Float[np.ndarray, "*shape quantile"]
-) -> Float[np.ndarray, "*shape"]:
+    horizon: Float[np.ndarray, "head state quantile"], at_least: Float[np.ndarray, "head state quantile"]
+) -> Float[np.ndarray, "head state"]:
     """The least that `log_spread` can be: ln of the least last quantile over the most that the first can be.
 
-    >>> least_log_spread(np.array([1.0, 2.0, np.inf]), np.array([1.0, 2.0, np.e])).item()
+    >>> least_log_spread(np.array([[[1.0, 2.0, np.inf]]]), np.array([[[1.0, 2.0, np.e]]])).item()
     1.0
     """
     return np.log(np.maximum(at_least[..., -1] / horizon[..., 0], 1.0))

@@ -37,8 +37,8 @@ class Options:
 class Counts:
     """Horizons counted for each row and state; `least` puts a censored one at the least it can be."""
 
-    exact: Int[np.ndarray, "row state size"]
-    least: Int[np.ndarray, "row state size"]
+    exact: Int[np.ndarray, "*counted size"]
+    least: Int[np.ndarray, "*counted size"]
 
 
 def measure_layer(view: Canonical, layer: int, options: Options) -> dict[str, np.ndarray]:
@@ -183,7 +183,7 @@ def _summary(
         return np.quantile(horizon, QUANTILES, method="inverted_cdf")
 
     def gain(draws: np.ndarray, kind: str) -> np.ndarray:
-        return core.ratio(_quantiles(draws @ totals[kind].exact)[1:2], reference(draws)[1:2])[0]
+        return core.ratio(_quantiles(draws @ totals[kind].exact)[1:2], reference(draws)[1:2]).reshape(())
 
     statistics = {f"layer_{kind}_horizon": lambda draws, c=totals[kind]: _quantiles(draws @ c.exact) for kind in KINDS}
     statistics |= {"layer_lti_horizon": reference}
@@ -198,7 +198,7 @@ def _summary(
         found[f"layer_{kind}_censored_share"] = _share(totals[kind].exact.sum(axis=0))
     for name, kind in GAINS.items():
         at_least = found[f"layer_{kind}_horizon_at_least"][1:2]
-        found[f"layer_{name}_at_least"] = core.ratio(at_least, found["layer_lti_horizon"][1:2])[0]
+        found[f"layer_{name}_at_least"] = core.ratio(at_least, found["layer_lti_horizon"][1:2]).reshape(())
     for name in (
         "log_spread",
         "log_spread_at_least",

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import xarray as xr
+from numpy.typing import ArrayLike
 
 from mamba_probe.analyses.common import Canonical, described, refuse
 from mamba_probe.analyses.common.result import Entry
@@ -26,7 +27,7 @@ def measure(
     *,
     level: float = float(np.exp(-1)),
     tokens: Sequence[int] | None = None,
-    event_tokens: int | Sequence[int] | None = None,
+    event_tokens: ArrayLike | None = None,
     n_bootstrap: int = 200,
     seed: int = 0,
     weights: xr.Dataset | None = None,
@@ -91,7 +92,7 @@ def _tokens(view: Canonical, tokens: Sequence[int] | None) -> tuple[int, ...]:
     return asked
 
 
-def _events(view: Canonical, event_tokens: int | Sequence[int] | None) -> tuple[int, ...]:
+def _events(view: Canonical, event_tokens: ArrayLike | None) -> tuple[int, ...]:
     if event_tokens is None:
         return ()
     events = np.atleast_1d(np.asarray(event_tokens))

@@ -55,7 +55,7 @@ def _horizon(result: xr.Dataset, ax: Any) -> None:
     for shift, (name, colour, marker, label) in zip((-0.22, 0.0, 0.22), series, strict=True):
         _bars(result, name, np.arange(result.sizes["layer"]) + shift, ax, colour, marker, label)
     ax.set_ylabel(f"memory horizon (tokens)\nmedian, bar 10-90 %, {style.interval_text(result)}")
-    _open_label(np.isinf(result.layer_forward_horizon).any(), ax)
+    _open_label(bool(np.isinf(result.layer_forward_horizon).any()), ax)
 
 
 def _open_label(needed: bool, ax: Any) -> None:
@@ -101,7 +101,7 @@ def _gain(result: xr.Dataset, ax: Any) -> None:
         ax.plot(x, np.where(np.isfinite(value), value, np.nan), marker, color=colour, ms=5, label=label)
         _arrows(x, np.where(np.isinf(value), bound, np.nan), ax, colour)
     ax.set_ylabel(f"selectivity gain (median / time-invariant)\n{style.interval_text(result)}")
-    _open_label(np.isinf(result.layer_selectivity_gain).any(), ax)
+    _open_label(bool(np.isinf(result.layer_selectivity_gain).any()), ax)
 
 
 def _share(result: xr.Dataset, ax: Any) -> None:

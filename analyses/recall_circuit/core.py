@@ -2,7 +2,7 @@
 
 Symbols, for one prompt of one layer (Mamba-1: a head is a channel and head_channel is 1):
     delta (token, head)                 step sizes, as executed; cumulative, their inclusive sum over tokens
-    A     (head, state) or (head, 1)    continuous-time state matrix; (head, 1) is one scalar a head
+    A     (head, decay)                 continuous-time state matrix; decay is state, or 1 for one scalar a head
     B, C  (token, group, state)         head is a multiple of group
     x, z  (token, head, head_channel)   scan input and gate before its activation
     Cum(s, t) = sum_{s<r<=t} delta_r    the decay between a write at s and a read at t is exp(A Cum(s, t))
@@ -41,7 +41,7 @@ class Prompt:
 
     delta: Float[np.ndarray, "token head"]
     cumulative: Float[np.ndarray, "token head"]
-    A: Float[np.ndarray, "head state"]
+    A: Float[np.ndarray, "head decay"]
     B: Float[np.ndarray, "token group state"]
     C: Float[np.ndarray, "token group state"]
     x: Float[np.ndarray, "token head head_channel"]
@@ -67,7 +67,7 @@ class Questions:
     keys: Bool[np.ndarray, " token"]
 
 
-def silu(a: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+def silu(a: float | Float[np.ndarray, "*shape"]) -> float | Float[np.ndarray, "*shape"]:
     """SiLU(a) = a / (1 + exp(-a)), without overflow.
 
     >>> silu(np.array([0.0, 1.0, -1000.0])).round(4).tolist()
@@ -76,7 +76,9 @@ def silu(a: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
     return a * np.exp(-np.logaddexp(0.0, -a))
 
 
-def ratio(numerator: Float[np.ndarray, "..."], denominator: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+def ratio(
+    numerator: Float[np.ndarray, "*shape"], denominator: Float[np.ndarray, "*#shape"]
+) -> Float[np.ndarray, "*shape"]:
     """`numerator / denominator`, NaN where the denominator is 0.
 
     >>> ratio(np.array([1.0, 1.0]), np.array([2.0, 0.0])).tolist()
@@ -153,7 +155,7 @@ def identity_error(
     groups = max(norm_groups, 1)
     paths = np.einsum("mghp,ghp->mg", *(_by_group(array, groups) for array in (out_proj, gated)))
     scale = np.linalg.lstsq(paths, out)[0] if norm_groups else np.ones(1)
-    return float(ratio(np.abs(paths @ scale - out).max(), np.abs(out).max()))
+    return ratio(np.abs(paths @ scale - out).max(keepdims=True), np.abs(out).max(keepdims=True)).item()
 
 
 def norm_scale(gated: Float[np.ndarray, "head head_channel"], groups: int) -> Float[np.ndarray, " head"]:
@@ -168,7 +170,7 @@ def norm_scale(gated: Float[np.ndarray, "head head_channel"], groups: int) -> Fl
 
 def _by_group(
     array: Float[np.ndarray, "*any head head_channel"], groups: int
-) -> Float[np.ndarray, "*any group head head_channel"]:
+) -> Float[np.ndarray, "*any group member head_channel"]:
     return array.reshape(*array.shape[:-2], groups, -1, array.shape[-1])
 
 
@@ -289,7 +291,7 @@ def tap_mass(
     [0.0, 1.0]
     """
     mass = weight @ conv**2
-    return ratio(mass, mass.sum())
+    return ratio(mass, mass.sum(keepdims=True))
 
 
 def relative_tap(write: Float[np.ndarray, " lag"], value: Float[np.ndarray, " lag"]) -> float:

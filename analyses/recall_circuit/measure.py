@@ -28,7 +28,7 @@ LAYERED = ("signature", "layer")
 
 def measure(
     trace: xr.Dataset, *, weights: xr.Dataset | None = None, interventions: xr.Dataset | None = None,
-    baseline: tuple[xr.Dataset, xr.Dataset] | None = None, offsets: Sequence[int] = (0, 1, 2), n_bootstrap: int = 200,
+    baseline: object = None, offsets: Sequence[int] = (0, 1, 2), n_bootstrap: int = 200,
     seed: int = 0, values: Sequence[int] | None = None,
 ) -> xr.Dataset:  # fmt: skip
     """Signatures of the circuit that writes key-value pairs into the state and reads them back (ours).
@@ -45,7 +45,7 @@ def measure(
             identity above is measured too. Without task roles the result only says so.
         weights: `probe.weights()` of a language model.
         interventions: `probe.intervene(...)`: n_correct and n_query by intervention, "none" among them.
-        baseline: trace and weights of a randomised twin, scored on all its queries.
+        baseline: (trace, weights) of a randomised twin, scored on all its queries.
         offsets: tokens between a value and the write of its pair.
         n_bootstrap: draws of prompts for the 95 % intervals.
         seed: of the draws.
@@ -123,7 +123,7 @@ def _score(
 
 
 def _twin(
-    baseline: tuple[xr.Dataset, xr.Dataset] | None, canonical: Canonical, offsets: tuple[int, ...], seed: int,
+    baseline: object, canonical: Canonical, offsets: tuple[int, ...], seed: int,
     values: Sequence[int] | None,
 ) -> Scores | None:  # fmt: skip
     """Scores of a randomised twin on all its queries: it need not solve the task."""

@@ -42,7 +42,7 @@ class Scores:
     high: Float[np.ndarray, "signature layer"]
     offset: Int[np.ndarray, " layer"]
     taps: Float[np.ndarray, "path=3 layer lag"]
-    identity: Float[np.ndarray, " layer"]
+    identity: Float[np.ndarray, " layer_with_out"]
 
 
 def score(
@@ -54,7 +54,7 @@ def score(
         _layer(
             canonical,
             i,
-            layer_weights(weights, layer, canonical.trace.attrs["family"]),
+            layer_weights(weights, int(layer), canonical.trace.attrs["family"]),
             weights,
             questions,
             values,

@@ -1,12 +1,12 @@
 """Trace in, wavelet alignment out: labels, validation and what each number means."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
 import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
 
 from mamba_probe.analyses.common import Canonical, described, interval, refuse
 from mamba_probe.analyses.common.result import Entry
@@ -42,7 +42,7 @@ class Plan:
 def measure(
     trace: xr.Dataset,
     *,
-    query_tokens: Sequence[int] | np.ndarray | None = None,
+    query_tokens: ArrayLike | None = None,
     kernel: str = "mixer",
     wavelet: str = "haar",
     level: int | None = None,
@@ -132,9 +132,7 @@ def _check_discretization(trace: xr.Dataset) -> None:
         raise ValueError(f"wavelet_alignment writes delta B (discretization 'euler'); the trace says {rule!r}")
 
 
-def _plan(
-    view: Canonical, query_tokens: Sequence[int] | np.ndarray | None, wavelet: str, level: int | None, read_out: object
-) -> Plan:
+def _plan(view: Canonical, query_tokens: ArrayLike | None, wavelet: str, level: int | None, read_out: object) -> Plan:
     basis = core.orthonormal_wavelet(wavelet)
     asked = _asked(view, query_tokens)
     at = np.array([_queries(view, row, None if asked is None else asked[row]) for row in range(view.n_rows)])
@@ -148,9 +146,7 @@ def _plan(
     return Plan(basis, chosen, at, windows, _read_out(view, read_out))
 
 
-def _asked(
-    view: Canonical, query_tokens: Sequence[int] | np.ndarray | None
-) -> Int[np.ndarray, "batch query_token"] | None:
+def _asked(view: Canonical, query_tokens: ArrayLike | None) -> Int[np.ndarray, "batch query_token"] | None:
     """The queries of each row, by position; None where the last valid tokens were asked for."""
     if query_tokens is None:
         return None
@@ -212,7 +208,7 @@ def _measured(view: Canonical, plan: Plan) -> dict[str, np.ndarray]:
 def _row(view: Canonical, plan: Plan, layer: int, row: int, A: np.ndarray, groups: np.ndarray) -> dict[str, np.ndarray]:
     block, selection = view.row(layer, row), view.selection(layer, row)
     found = []
-    for at, size in zip(plan.at[row], plan.window[row], strict=True):
+    for at, size in zip(plan.at[row].tolist(), plan.window[row].tolist(), strict=True):
         real = window.executed(block, selection, A, groups, at, size)
         null = window.frozen(block, selection, A, groups, size)
         if plan.read_out is not None:
@@ -305,9 +301,7 @@ def _entry(name: str, values: np.ndarray) -> Entry:
     return (*_PLACE, *_DIMS.get(base, ("kernel",))), values, text, units
 
 
-def _coords(
-    view: Canonical, plan: Plan, query_tokens: Sequence[int] | np.ndarray | None, names: np.ndarray
-) -> dict[str, object]:
+def _coords(view: Canonical, plan: Plan, query_tokens: ArrayLike | None, names: np.ndarray) -> dict[str, object]:
     one_set = query_tokens is not None and np.ndim(query_tokens) == 1
     labels = (
         np.asarray(query_tokens) if one_set else np.arange(plan.at.shape[1]) + (LAST if query_tokens is None else 0)

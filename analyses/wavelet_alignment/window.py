@@ -21,7 +21,7 @@ def executed(
     groups: Int[np.ndarray, " head"],
     at: int,
     window: int,
-) -> Float[np.ndarray, "head token"]:
+) -> Float[np.ndarray, "head window"]:
     """Kernels of the token `at` over the `window` tokens that end there, with delta, B and C as executed."""
     B, C = selection
     seen = slice(at + 1 - window, at + 1)
@@ -30,7 +30,7 @@ def executed(
 
 def frozen(
     row: Row, selection: Selection, A: Float[np.ndarray, "head decay"], groups: Int[np.ndarray, " head"], window: int
-) -> Float[np.ndarray, "head token"]:
+) -> Float[np.ndarray, "head window"]:
     """The null: kernels over the same window with delta, B and C frozen to their means over the row's valid tokens."""
     B, C = (np.mean(values, axis=0) for values in selection)
     delta = np.broadcast_to(row.delta.mean(axis=0), (window, row.delta.shape[1]))

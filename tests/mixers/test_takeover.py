@@ -10,7 +10,7 @@ import mamba_probe as mp
 from mamba_probe.mixers.takeover import rebind
 
 VARIABLES = ("delta", "A", "A_bar", "B_bar", "B", "C", "x", "z", "y", "h", "out", "delta_cumsum")
-GRID = [(1, False), (3, False), (3, True), (64, False), (64, True), (65, True), (200, False), (200, True)]
+GRID = [(1, False), *((length, padded) for length in (3, 64, 65, 200) for padded in (False, True))]
 
 
 def prompt(length, padded, seed=0, batch=3):

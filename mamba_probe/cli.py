@@ -225,7 +225,10 @@ def _record(
     from mamba_probe.load import load, load_tokenizer
 
     if (task is None) == (text is None):
-        raise ValueError("say what to record on: either --task mqar or --text FILE")
+        got = "neither" if task is None else "both"
+        raise ValueError(f"say what to record on, either --task mqar or --text FILE; got {got}")
+    if text is not None and not text.is_file():
+        raise FileNotFoundError(f"no text file at {text}")
     say(f"loading {source}")
     _quiet_transformers()
     model = load(source)
@@ -235,8 +238,6 @@ def _record(
             backend=backend.value, say=say,
         )  # fmt: skip
     assert text is not None
-    if not text.is_file():
-        raise FileNotFoundError(f"no text file at {text}")
     given = run.Text(text, load_tokenizer(tokenizer or source), length or 512, rows or 4)
     return run.record_text(model, given, backend=backend.value, say=say)
 

@@ -33,7 +33,9 @@ class Edit:
 
     def __repr__(self) -> str:
         place = "" if self.layer is None else f", layer={self.layer}"
-        return f"{self.kind}({self.target}{place})"
+        given = isinstance(self.value, Tensor) and self.value.ndim
+        value = f"a tensor {tuple(torch.as_tensor(self.value).shape)}" if given else self.value
+        return f"{self.kind}({self.target}{place}" + ("" if self.value is None else f", value={value}") + ")"
 
     def acts_on(self, target: str, layer: int) -> bool:
         """Whether this edit changes `target` in `layer`."""
@@ -49,6 +51,8 @@ class Edit:
 
     def _given(self, tensor: Tensor) -> Tensor:
         value = torch.as_tensor(self.value, dtype=tensor.dtype, device=tensor.device)
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{self!r}: the value holds NaN or infinity")
         if self.target == "delta" and bool((value < 0).any()):
             raise ValueError(f"{self!r}: delta is a step size and cannot be negative; got {value.min().item():g}")
         try:

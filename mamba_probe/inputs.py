@@ -1,6 +1,7 @@
 """What a model is run on, checked before it runs: ids, hidden states, keywords, text or a task."""
 
 import inspect
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,11 +73,15 @@ def checked_input(
 
 
 def _from_array(inputs: Any, attention_mask: Any) -> ModelInput:
+    if isinstance(inputs, str) or (isinstance(inputs, list | tuple) and inputs and isinstance(inputs[0], str)):
+        raise ValueError("inputs are token ids or hidden states; pass strings as text=[...] with tokenizer=")
     tensor = _tensor(inputs, "inputs")
     name = "hidden_states" if tensor.is_floating_point() else "input_ids"
     need = {"hidden_states": "(batch, token, model)", "input_ids": "(batch, token)"}[name]
     if tensor.ndim != need.count(",") + 1:
         hint = " Add a batch dimension: ids[None]." if tensor.ndim == need.count(",") else ""
+        if name == "hidden_states" and tensor.ndim == 2:
+            hint = " Token ids are integers: ids.long()."
         raise ValueError(f"{name} needs dims {need}; got shape {tuple(tensor.shape)}.{hint}")
     keywords = {name: tensor}
     if attention_mask is not None:
@@ -100,9 +105,14 @@ def _from_mapping(inputs: Mapping[str, Any], attention_mask: Any) -> ModelInput:
 
 def _from_task(task: Task, attention_mask: Any) -> ModelInput:
     given = _from_array(task.input_ids, attention_mask)
+    answers = range(task.vocab) if task.answers is None else task.answers
     labels = {"role": task.role.astype(object), "target": task.target, "source_token": task.source_token}
     return ModelInput(
-        given.keywords, given.batch, given.length, labels, {"task": task.name, "task_params": dict(task.params)}
+        given.keywords,
+        given.batch,
+        given.length,
+        labels,
+        {"task": task.name, "task_params": json.dumps(task.params), "answers": [answers.start, answers.stop]},
     )
 
 

@@ -64,10 +64,10 @@ def load(
     place = _device(device)
     _refuse_dtype(dtype)
     path, where = _local(source, revision) or _from_hub(str(source), revision), str(source)
-    folder = path if path.is_dir() else path.parent
+    folder = path if path.is_dir() else _weight_file(path).parent
     config = files.read_json(folder / "config.json")
     refuse_family(config, where)
-    weight_files = files.find_weights(path) if path.is_dir() else [_weight_file(path)]
+    weight_files = files.find_weights(path) if path.is_dir() else [path]
     weights = files.read_weights(weight_files)
     refuse_nonfinite(weights, where)
     form = recognise(config, weights, where)
@@ -109,12 +109,18 @@ def load_tokenizer(source: str | os.PathLike[str], revision: str | None = None) 
 
     path = _local(source, revision)
     try:
-        return AutoTokenizer.from_pretrained(str(path or source), revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(path or source), revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{source}: no tokenizer could be loaded without running code of its own: {error}\n"
             "Give a directory with tokenizer.json, or the hub id of one ('EleutherAI/gpt-neox-20b' for state-spaces)."
         ) from error
+    if not tokenizer("a b")["input_ids"]:  # what transformers makes up where it finds no vocabulary
+        raise ValueError(
+            f"{source} has no tokenizer: give a directory with tokenizer.json, or the hub id of the one the model was"
+            " trained with ('EleutherAI/gpt-neox-20b' for state-spaces; --tokenizer on the command line)."
+        )
+    return tokenizer
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -19,7 +19,7 @@ MEANING = "max|a - b| / max|b| over valid tokens, on the layer's own input"
 
 
 def error(a: Tensor, b: Tensor, valid: Tensor | None = None) -> float:
-    """max|a - b| / max|b| over valid positions, in float64.
+    """max|a - b| / max|b| over valid positions, in float64; NaN where either holds NaN or infinity.
 
     >>> error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
     0.5
@@ -27,6 +27,8 @@ def error(a: Tensor, b: Tensor, valid: Tensor | None = None) -> float:
     a, b = a.detach().double(), b.detach().double()
     if valid is not None:
         a, b = a[valid], b[valid]
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        return float("nan")
     scale = float(b.abs().max())
     difference = float((a - b).abs().max())
     return difference / scale if scale else difference
@@ -64,6 +66,11 @@ def measure_parity(
         for handle in handles:
             handle.remove()
     names = tuple(next(iter(rows.values())))
+    broken = [
+        f"{name} of layer {layer}" for layer, row in rows.items() for name, value in row.items() if value != value
+    ]
+    if broken:
+        raise ValueError(f"parity cannot be measured, tensors hold NaN or infinity: {', '.join(broken[:6])}")
     layers = [adapter.layer for adapter in adapters]
     data: dict[str, Any] = {name: ("layer", [rows[layer][name] for layer in layers]) for name in names}
     if hasattr(probed, "logits"):
@@ -71,7 +78,7 @@ def measure_parity(
             native = model(**keywords)
         mask = keywords.get("attention_mask")
         data["logits_vs_native"] = ((), error(probed.logits, native.logits, None if mask is None else mask.bool()))
-    return xr.Dataset(data, {"layer": layers}, provenance.of_model(model) | {"error": MEANING})
+    return xr.Dataset(data, {"layer": layers}, provenance.of_model(model, "parity") | {"error": MEANING})
 
 
 def _compare(adapter: MixerAdapter, emitted: _Emitted, rows: dict[int, dict[str, float]]) -> Callable[..., None]:

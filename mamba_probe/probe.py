@@ -1,5 +1,6 @@
 """The probe: attach to a live model, record, edit, compare, detach."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from mamba_probe import provenance
 from mamba_probe.hooks import Edit
 from mamba_probe.inputs import ModelInput, checked_input
-from mamba_probe.kernels.scan import BACKENDS, choose_backend
+from mamba_probe.kernels.scan import BACKENDS, check_backend, choose_backend
 from mamba_probe.mixers import Listener, MixerAdapter, Tap, find_mixers
 from mamba_probe.parity import measure_parity
 from mamba_probe.planning import checked_plan
@@ -24,7 +25,7 @@ from mamba_probe.trace.schema import DEFAULT_VARIABLES
 from mamba_probe.trace.store import check_free, save
 from mamba_probe.weights import read_weights
 
-__all__ = ["Probe", "attach"]
+__all__ = ["Probe", "attach", "detach"]
 
 
 def attach(model: nn.Module, *, backend: str = "auto") -> "Probe":
@@ -50,12 +51,32 @@ def attach(model: nn.Module, *, backend: str = "auto") -> "Probe":
     return Probe(model, backend=backend)
 
 
+def detach(model: nn.Module) -> None:
+    """Take every probe off `model`, also one whose handle was lost or that a deepcopy brought along.
+
+    Raises:
+        ValueError: no supported mixer.
+
+    >>> import mamba_probe as mp
+    >>> model = mp.load("zoo:mqar-mamba1")
+    >>> lost = repr(mp.attach(model))
+    >>> mp.detach(model)
+    >>> mp.attach(model).attached
+    True
+    """
+    for adapter in find_mixers(model):
+        adapter.release()
+
+
 class Probe(AbstractContextManager["Probe"]):
     """An attached probe. Made by `attach`."""
 
     def __init__(self, model: nn.Module, *, backend: str = "auto"):
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"attach takes a live torch module; got {type(model).__name__}: load it with mp.load(...)")
         self.model = model
-        self._undo: list[Callable[[], None]] = []
+        self._attached = False
+        self._parity_error: float | str = "not measured"
         self._adapters = find_mixers(model)
         _check_free_to_attach(self._adapters)
         device = next(self._adapters[0].mixer.parameters()).device
@@ -72,20 +93,23 @@ class Probe(AbstractContextManager["Probe"]):
     def _attach(self) -> None:
         try:
             for adapter in self._adapters:
-                self._undo.append(adapter.take_over(self._taps[adapter.layer]))
+                adapter.take_over(self._taps[adapter.layer])
         except BaseException:
             self.detach()
             raise
+        self._attached = True
 
     @property
     def attached(self) -> bool:
         """Whether the model's scans are ours at this moment."""
-        return bool(self._undo)
+        return self._attached and all(adapter.taken for adapter in self._adapters)
 
     def detach(self) -> None:
         """Restore the model bit for bit. Calling it twice does nothing more."""
-        while self._undo:
-            self._undo.pop()()
+        if self._attached:
+            for adapter in self._adapters:
+                adapter.release()
+        self._attached = False
 
     def __exit__(self, *_exception: object) -> None:
         self.detach()
@@ -102,6 +126,11 @@ class Probe(AbstractContextManager["Probe"]):
     def _check_attached(self) -> None:
         if not self.attached:
             raise ValueError("this probe is detached: attach again with mp.attach(model)")
+
+    def _check_unedited(self, what: str) -> None:
+        self._check_attached()
+        if any(tap.edits for tap in self._taps.values()):
+            raise ValueError(f"{what} starts from the unedited probe: leave the `edit` block first")
 
     # -- what is there -------------------------------------------------------------------------------------------
 
@@ -212,7 +241,7 @@ class Probe(AbstractContextManager["Probe"]):
             "backend": self.backend,
             "n_heads": sizes.n_heads,
             "n_groups": sizes.n_groups,
-            "edits": [repr(edit) for edit in dict.fromkeys(e for tap in self._taps.values() for e in tap.edits)],
+            "parity_error": self._parity_error,
         }
         return Recorder(plan, statics, attrs)
 
@@ -223,14 +252,15 @@ class Probe(AbstractContextManager["Probe"]):
 
         def begin(_model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             first = kwargs.get("input_ids", args[0] if args else None)
-            recorder.begin(first if isinstance(first, Tensor) and not first.is_floating_point() else None)
+            ids = first if isinstance(first, Tensor) and not first.is_floating_point() else None
+            recorder.begin(ids, kwargs.get("logits_to_keep", 0))
 
         def end(_model: nn.Module, _args: Any, output: Any) -> None:
             recorder.end(getattr(output, "logits", None))
 
         handles = [
             self.model.register_forward_pre_hook(begin, with_kwargs=True),
-            self.model.register_forward_hook(end),
+            self.model.register_forward_hook(end, always_call=True),
         ]
         try:
             self._listen(recorder)
@@ -282,11 +312,11 @@ class Probe(AbstractContextManager["Probe"]):
             n_correct and n_query over `intervention`, whose first entry is "none".
 
         Raises:
-            ValueError: not a task, or an edit that `edit` refuses.
+            ValueError: not a task, an edit that `edit` refuses, or edits that are active ("none" would be edited).
         """
         if not isinstance(task, Task):
             raise ValueError(f"intervene takes a Task (mp.tasks.mqar(...)); got {type(task).__name__}")
-        self._check_attached()
+        self._check_unedited("intervene")
         groups = [(), *((entry,) if isinstance(entry, Edit) else tuple(entry) for entry in edits)]
         given = checked_input(self.model, self._adapters[0].sizes.width, task, None, None, None)
         counts = []
@@ -298,7 +328,8 @@ class Probe(AbstractContextManager["Probe"]):
         return xr.Dataset(
             {"n_correct": ("intervention", n_correct), "n_query": ("intervention", n_query)},
             {"intervention": np.array(names, dtype=object)},
-            provenance.of_model(self.model) | {"task": task.name, "task_params": task.params},
+            provenance.of_model(self.model, "interventions")
+            | {"task": task.name, "task_params": json.dumps(task.params)},
         )
 
     def _predict(self, given: ModelInput, batch_size: int | None) -> np.ndarray:
@@ -319,16 +350,16 @@ class Probe(AbstractContextManager["Probe"]):
         Raises:
             ValueError: wrong input, or edits are active (the probe would rightly differ).
         """
-        self._check_attached()
-        if any(tap.edits for tap in self._taps.values()):
-            raise ValueError("parity compares the unedited probe: leave the `edit` block first")
+        self._check_unedited("parity")
         given = checked_input(
             self.model, self._adapters[0].sizes.width, inputs, attention_mask,
             options.pop("text", None), options.pop("tokenizer", None),
         )  # fmt: skip
         if options:
             raise unknown_name("argument", next(iter(options)), ("text", "tokenizer"))
-        return measure_parity(self.model, self._adapters, given, self._listen, self._suspended)
+        result = measure_parity(self.model, self._adapters, given, self._listen, self._suspended)
+        self._parity_error = float(result["out_vs_native"].max())
+        return result
 
 
 @contextmanager
@@ -349,17 +380,17 @@ def _backend(device: torch.device, asked: str) -> tuple[str, str]:
         return choose_backend(device)
     if asked not in BACKENDS:
         raise unknown_name("backend", asked, ("auto", *BACKENDS))
+    check_backend(asked, device)
     return asked, "asked for"
 
 
 def _check_free_to_attach(adapters: list[MixerAdapter]) -> None:
     for adapter in adapters:
         if "forward" in adapter.mixer.__dict__:
-            ours = getattr(adapter.mixer.forward, "__name__", "") == "probed_forward"
             raise ValueError(
                 f"{adapter.name or 'the mixer'} already has a forward of its own: "
-                + ("a probe is attached. Detach it (probe.detach(), or leave its `with` block) first."
-                   if ours else "another tool (accelerate offload?) replaced it; load the model on one device.")
+                + ("a probe is attached. Detach it first: leave its `with` block, or mp.detach(model)."
+                   if adapter.taken else "another tool (accelerate?) replaced it; load the model on one device.")
             )  # fmt: skip
         for name, parameter in adapter.mixer.named_parameters():
             if parameter.is_meta:

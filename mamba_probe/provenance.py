@@ -26,15 +26,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def of_model(model: nn.Module) -> dict[str, Any]:
-    """Attributes of a Dataset made from `model`."""
+def of_model(model: nn.Module, kind: str = "trace") -> dict[str, Any]:
+    """Attributes of a Dataset of this kind made from `model`; plain strings and numbers, which any store takes."""
     source = getattr(model, "_mamba_probe_source", None) or {}
     return {
+        "kind": kind,
         "schema_version": SCHEMA_VERSION,
         "model": source.get("source") or getattr(model, "name_or_path", "") or type(model).__name__,
         "model_hash": _hash(model),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "versions": versions(),
+        "versions": ", ".join(f"{name} {found}" for name, found in versions().items()),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "creation_library": "mamba_probe",
     }

@@ -59,6 +59,7 @@ class _Open:
     valid: np.ndarray
     tensors: dict[tuple[int, str], np.ndarray] = field(default_factory=dict)
     coords: dict[str, np.ndarray] = field(default_factory=dict)
+    start: int = 0
     seen: set[int] = field(default_factory=set)
     state_out: Tensor | None = None
 
@@ -71,8 +72,15 @@ class Recorder:
         self._blocks: list[_Rows] = []
         self._open: _Open | None = None
         self._ids: Tensor | None = None
+        self._kept_logits: int | Tensor = 0
+        self._edits: dict[str, None] = {}
         self._calls = 0
         self._dataset: xr.Dataset | None = None
+
+    def __repr__(self) -> str:
+        plan = f"{', '.join(self._plan.variables)} of {len(self._plan.layers)} layer(s)"
+        state = "whole" if self._dataset is not None else f"open, {self._calls} call(s) so far"
+        return f"Recorder({plan}; {state})"
 
     @property
     def dataset(self) -> xr.Dataset:
@@ -87,24 +95,37 @@ class Recorder:
 
     # -- from the probe ------------------------------------------------------------------------------------------
 
-    def begin(self, input_ids: Tensor | None) -> None:
-        """A model call starts, with these ids (None: hidden states, or unknown)."""
-        self._open, self._ids = None, input_ids
+    def begin(self, input_ids: Tensor | None, kept_logits: int | Tensor = 0) -> None:
+        """A model call starts, with these ids (None: hidden states, or unknown) and `logits_to_keep`."""
+        self._open, self._ids, self._kept_logits = None, input_ids, kept_logits
 
     def end(self, logits: Tensor | None) -> None:
-        """A model call is over: note what it would answer at the positions it gave logits for."""
+        """A model call is over, or broke off: note what it would answer where it gave logits.
+
+        Raises:
+            ValueError: logits of valid tokens that are NaN or infinite.
+        """
         call, self._open, self._ids = self._open, None, None
         if call is None or logits is None or len(call.seen) < len(self._plan.layers):
             return
+        where = np.arange(call.length)
+        if isinstance(self._kept_logits, Tensor):
+            where = where[self._kept_logits.cpu().numpy()]
+        elif self._kept_logits:
+            where = where[-self._kept_logits :]
+        bad = ~torch.isfinite(logits).all(-1).cpu().numpy() & call.valid[:, where]
+        if bad.any():
+            row, at = map(int, np.argwhere(bad)[0])
+            raise ValueError(f"the logits are NaN or infinite at token {call.start + where[at]} of row {row}")
         prediction = np.full((call.rows.batch, call.length), -1, dtype=np.int64)
-        known = logits.argmax(-1).cpu().numpy()
-        prediction[:, call.length - known.shape[1] :] = known
+        prediction[:, where] = logits.argmax(-1).cpu().numpy()
         call.rows.coords["prediction"][-1] = prediction[:, call.keep]
 
     def close(self) -> xr.Dataset | None:
         """Make the trace of every whole call; None where there was none."""
         if self._blocks:
-            self._dataset = _assemble(self._plan, self._blocks, self._statics, self._attrs)
+            attrs = self._attrs | {"edits": "; ".join(self._edits)}
+            self._dataset = _assemble(self._plan, self._blocks, self._statics, attrs)
             self._blocks = []
         return self._dataset
 
@@ -125,6 +146,7 @@ class Recorder:
         if self._open is None or call.layer in self._open.seen:
             self._open = self._started(call)
         under_way = self._open
+        self._edits |= dict.fromkeys(call.edits)
         if call.layer == self._plan.layers[0]:
             _check_continuity(call, under_way.rows.state_out)
             under_way.state_out = call.state_out
@@ -143,6 +165,12 @@ class Recorder:
 
     def _started(self, call: Call) -> _Open:
         batch, length = call.tensors["out"].shape[:2]
+        if call.continues and length > 1 and call.state_in is None:
+            raise ValueError(
+                f"layer {call.layer}: this call continues a cached sequence by {length} tokens, and transformers drops"
+                " the cached state of a MambaMixer then (it starts from zero). Record the whole prompt in one call, or"
+                " continue it token by token."
+            )
         rows = self._blocks[-1] if call.continues and self._blocks else _Rows(batch, self._calls)
         if rows.batch != batch:
             raise ValueError(
@@ -161,7 +189,8 @@ class Recorder:
             "position": np.where(valid, before[:, None] + np.cumsum(valid, axis=1) - 1, -1),
             "prediction": np.full((batch, length), -1),
         }
-        return _Open(rows, length, keep, valid, coords={name: value[:, keep] for name, value in coords.items()})
+        kept = {name: value[:, keep] for name, value in coords.items()}
+        return _Open(rows, length, keep, valid, coords=kept, start=rows.length)
 
     def _commit(self, call: _Open) -> None:
         rows = call.rows

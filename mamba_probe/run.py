@@ -23,12 +23,14 @@ from mamba_probe.probe import Probe, attach
 from mamba_probe.tasks import Task
 from mamba_probe.trace.contract import unknown_name
 from mamba_probe.trace.schema import DEFAULT_VARIABLES
-from mamba_probe.trace.store import open_dataset, open_trace, save
+from mamba_probe.trace.store import open_dataset, open_trace, remove, save
 
 __all__ = ["TASKS", "Run", "Text", "randomised_twin", "record_task", "record_text"]
 
 TASKS = {"mqar": tasks.mqar}
 EDITS = (ablate("conv"), ablate("gate"), freeze("delta"), freeze("B"), freeze("C"))
+SHORTEST_ROW = 16
+"""Tokens of the last row of a text, below which it is left out: too short for a horizon or a wavelet."""
 PARITY_ROWS = 2
 """Rows that the float64 oracle, a sequential loop, is run on."""
 
@@ -55,6 +57,8 @@ class Run:
         for name, dataset in self._stores().items():
             if dataset is not None:
                 save(dataset, directory / name, overwrite=overwrite)
+            elif overwrite:
+                remove(directory / name)  # of an earlier run
         return directory
 
     def _stores(self) -> dict[str, xr.Dataset | None]:
@@ -84,7 +88,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Text:
-    """A file's tokens in rows of one length; the last row may be shorter."""
+    """A file's tokens in rows of one length; the last may be shorter, and is left out below SHORTEST_ROW."""
 
     path: str | PathLike[str]
     tokenizer: Any
@@ -105,6 +109,11 @@ class Text:
         if not ids:
             raise ValueError(f"{self.path} has no tokens: an empty sequence cannot be recorded")
         used = ids[: self.length * self.rows]
+        if len(used) > self.length and len(used) % self.length < SHORTEST_ROW:
+            used = used[: len(used) - len(used) % self.length]
+        if min(len(used), self.length) < SHORTEST_ROW:
+            shortest = f"rows of at least {SHORTEST_ROW} tokens are needed"
+            raise ValueError(f"{self.path} gives rows of {min(len(used), self.length)} token(s); {shortest}")
         shape = (ceil(len(used) / self.length), min(self.length, len(used)))
         flat = np.zeros(shape[0] * shape[1], np.int64)
         flat[: len(used)] = used
@@ -132,6 +141,8 @@ def record_task(
     """
     if name not in TASKS:
         raise unknown_name("task", name, tuple(TASKS))
+    if n_pairs < 2:
+        raise ValueError(f"n_pairs is at least 2, so that a query has a pair to confuse with its own; got {n_pairs}")
     task = TASKS[name](batch=rows, length=length, n_pairs=n_pairs, vocab=vocab or _even(_vocab(model)), seed=seed)
     with attach(model, backend=backend) as probe:
         trace, weights = _record_task(probe, task, batch_size, say)

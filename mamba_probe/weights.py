@@ -30,7 +30,7 @@ def read_weights(
         for name, (dims, _) in each[0].items()
     }
     sizes = chosen[0].sizes
-    attrs = provenance.of_model(model) | {
+    attrs = provenance.of_model(model, "weights") | {
         "family": sizes.family,
         "n_heads": sizes.n_heads,
         "n_groups": sizes.n_groups,

@@ -23,7 +23,7 @@ def resamples(n_rows: int, n_bootstrap: int, seed: int) -> Int[np.ndarray, "repl
 
 def interval(
     statistic: Callable[[Int[np.ndarray, " row"]], Float[np.ndarray, "..."]], n_rows: int, n_bootstrap: int, seed: int
-) -> Float[np.ndarray, "bound ..."]:
+) -> Float[np.ndarray, "bound=2 ..."]:
     """Percentile interval of `statistic`, a function of how often each row is drawn.
 
     Infinite replicates (censored horizons) are ordered, never averaged; with one row nothing can be resampled: NaN.

@@ -1,6 +1,6 @@
-"""One form for both families: delta (token, head), A (head, state), B and C (token, group, state), one row at a time.
+"""One form for both families: delta (token, head), A (head, decay), B and C (token, group, state), one row at a time.
 
-A Mamba-1 channel is a head; Mamba-2's A gets a state dimension of size 1, since all its states share one decay.
+A Mamba-1 channel is a head; `decay` is `state`, but of size 1 in Mamba-2, since all its states share one.
 Only valid tokens appear, in order, so a lag is a difference of `position`.
 """
 
@@ -23,16 +23,13 @@ class Row:
         delta: step sizes as executed.
         position: index among the prompt's valid tokens; lags are its differences.
         cumulative: Cum, the sum of delta up to and with each token; Cum(s, t) = cumulative[t] - cumulative[s].
+        contiguous: whether every token between the first and the last is here, and none of them is padding.
     """
 
     delta: Float[np.ndarray, "token head"]
     position: Int[np.ndarray, " token"]
     cumulative: Float[np.ndarray, "token head"]
-
-    @property
-    def contiguous(self) -> bool:
-        """Whether every token between the first and the last is here."""
-        return bool(np.all(np.diff(self.position) == 1))
+    contiguous: bool
 
     def index(self, position: int) -> int:
         """Where `position` is among the tokens of this row.
@@ -79,6 +76,7 @@ class Canonical:
         self.n_states = trace.sizes["state"] if "state" in trace["A"].dims else 1
         self.valid: Bool[np.ndarray, "batch token"] = trace["valid"].transpose("batch", "token").values.astype(bool)
         self.position: Int[np.ndarray, "batch token"] = trace["position"].transpose("batch", "token").values
+        self.token: Int[np.ndarray, " token"] = self._labels("token", trace.sizes["token"])
         for row in range(self.n_rows):
             self._check_row(row)
 
@@ -112,6 +110,11 @@ class Canonical:
         """Positions of the valid tokens of a row."""
         return self.position[row, self.valid[row]]
 
+    def contiguous(self, row: int) -> bool:
+        """Whether a row's valid tokens follow one another: none is missing, and no padding lies between (it decays)."""
+        token = self.token[self.valid[row]]
+        return bool(np.all(np.diff(self.positions(row)) == 1) and np.all(np.diff(token) == 1))
+
     def groups(self) -> Int[np.ndarray, " head"]:
         """Group of each head: head i of H reads group i // (H / G).
 
@@ -128,7 +131,7 @@ class Canonical:
             )
         return self.heads // (n_heads // n_groups)
 
-    def decay(self, layer: int) -> Float[np.ndarray, "head state"]:
+    def decay(self, layer: int) -> Float[np.ndarray, "head decay"]:
         """A of a layer, by position on the layer axis.
 
         Raises:
@@ -156,9 +159,9 @@ class Canonical:
             raise ValueError(
                 f"`delta` of layer {self.layers[layer]} is negative in row {row}; a step size is at least 0"
             )
-        if np.all(np.diff(position) == 1):
-            return Row(delta, position, np.cumsum(delta, axis=0))
-        return Row(delta, position, self._across_gaps(layer, row, heads))
+        if self.contiguous(row):
+            return Row(delta, position, np.cumsum(delta, axis=0), True)
+        return Row(delta, position, self._across_gaps(layer, row, heads), False)
 
     def _across_gaps(self, layer: int, row: int, heads: slice) -> Float[np.ndarray, "token head"]:
         if "delta_cumsum" not in self.trace:

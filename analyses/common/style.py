@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["LTI", "NULL", "REAL", "axes", "interval_text", "layer_axis", "legend_outside", "log_axis"]
+__all__ = ["LTI", "NULL", "REAL", "axes", "check", "interval_text", "layer_axis", "legend_outside", "log_axis"]
 
 REAL = "#0072B2"
 """The model as it ran."""
@@ -10,6 +10,18 @@ NULL = "#999999"
 """Its shuffled or frozen null."""
 LTI = "#D55E00"
 """Its time-invariant equivalent."""
+
+
+def check(result: Any, analysis: str) -> None:
+    """Check that a plot was given a result of its own analysis.
+
+    Raises:
+        ValueError: what came instead, and the call to make.
+    """
+    came = getattr(result, "attrs", {}).get("analysis")
+    if came != analysis:
+        what = f"a result of {came}" if came else type(result).__name__
+        raise ValueError(f"{analysis}.plot draws what {analysis}.measure(trace) returned; got {what}")
 
 
 def axes(ax: Any) -> Any:

@@ -18,7 +18,7 @@ QUANTILES = (0.1, 0.5, 0.9)
 BLOCK_BYTES = 2**28
 """Most bytes of delta and its cumulative sum held at once: a layer above this is read in several blocks of channels."""
 
-KINDS = ("forward", "backward", "null_shuffle")
+KINDS = ("forward", "backward", "null_shuffle", "null_lti")
 GAINS = {"selectivity_gain": "forward", "null_shuffle_gain": "null_shuffle"}
 
 
@@ -51,8 +51,9 @@ def measure_layer(view: Canonical, layer: int, options: Options) -> dict[str, np
         elapsed.append(np.stack([delta for delta, _ in spans]))
         tokens = np.array([count for _, count in spans])
         orders = _orders(rows, layer, options.seed)
+        means = elapsed[-1] / tokens[:, None]
         for i, head in enumerate(range(view.n_heads)[heads]):
-            tally = {kind: _tally(rows, i, threshold[head], kind, orders) for kind in KINDS}
+            tally = {kind: _tally(_path(rows, i, kind, orders, means), rows, threshold[head], kind) for kind in KINDS}
             channels.append(_channel(rows, i, view.decay(layer)[head], threshold[head], tally, options))
             _add(totals, tally)
     parts = {name: np.stack([channel[name] for channel in channels]) for name in channels[0]}
@@ -75,14 +76,23 @@ def _orders(rows: list[Row], layer: int, seed: int) -> list[np.ndarray]:
     return [np.random.default_rng((seed, layer, i)).permutation(len(row.position)) for i, row in enumerate(rows)]
 
 
-def _tally(rows: list[Row], head: int, threshold: Float[np.ndarray, " state"], kind: str, orders: list) -> Counts:
+def _path(
+    rows: list[Row], head: int, kind: str, orders: list[np.ndarray], means: Float[np.ndarray, "row head"]
+) -> list[np.ndarray]:
+    """Cumulative delta of a channel in each row: as executed, shuffled, or with delta at the row's mean."""
+    if kind == "null_shuffle":
+        return [np.cumsum(row.delta[order, head]) for row, order in zip(rows, orders, strict=False)]
+    if kind == "null_lti":
+        return [mean * (row.position - row.position[0] + 1.0) for row, mean in zip(rows, means[:, head], strict=True)]
+    return [row.cumulative[:, head] for row in rows]
+
+
+def _tally(paths: list[np.ndarray], rows: list[Row], threshold: Float[np.ndarray, " state"], kind: str) -> Counts:
+    """Horizons counted, by the same rule for what was executed and for its nulls."""
     size = max(int(row.position[-1] - row.position[0]) for row in rows) + 3
     exact = np.zeros((len(rows), len(threshold), size), dtype=np.int64)
     least = np.zeros_like(exact)
-    if kind == "null_shuffle" and not orders:
-        return Counts(exact, least)
-    for i, row in enumerate(rows):
-        cumulative = np.cumsum(row.delta[orders[i], head]) if kind == "null_shuffle" else row.cumulative[:, head]
+    for i, (row, cumulative) in enumerate(zip(rows, paths, strict=False)):
         horizon = core.backward if kind == "backward" else core.forward
         steps, censored = horizon(cumulative, threshold, row.position)
         exact[i] = core.counts(steps, censored, size)
@@ -151,20 +161,17 @@ def _at(rows: list[Row], head: int, threshold: np.ndarray, tokens: tuple[int, ..
 def _reference(parts: dict, threshold: np.ndarray, elapsed: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
     """The layer with delta frozen to its mean, and what selectivity adds to it."""
     mean_delta = (elapsed.sum(axis=0) / tokens.sum())[:, None]
-    lti = core.lti(threshold, mean_delta)
-    counted = np.maximum(np.ceil(lti * (1 - core.TIE)), 1)
+    frozen = parts["null_lti_horizon"][..., 1]
     forward, least = parts["forward_horizon"], parts["forward_horizon_at_least"]
     return {
         "mean_delta": mean_delta[:, 0],
-        "lti_horizon": lti,
-        "null_lti_horizon": counted,
-        "selectivity_gain": core.ratio(forward[..., 1], lti),
-        "selectivity_gain_at_least": core.ratio(least[..., 1], lti),
-        "null_lti_gain": core.ratio(counted, lti),
+        "lti_horizon": core.lti(threshold, mean_delta),
+        "selectivity_gain": core.ratio(forward[..., 1], frozen),
+        "selectivity_gain_at_least": core.ratio(least[..., 1], frozen),
         "log_spread": core.log_spread(forward),
         "log_spread_at_least": core.least_log_spread(forward, least),
         "null_shuffle_log_spread": core.log_spread(parts["null_shuffle_horizon"]),
-        "null_lti_log_spread": np.where(np.isfinite(lti), 0.0, np.nan),
+        "null_lti_log_spread": core.log_spread(parts["null_lti_horizon"]),
     }
 
 
@@ -183,7 +190,8 @@ def _summary(
         return np.quantile(horizon, QUANTILES, method="inverted_cdf")
 
     def gain(draws: np.ndarray, kind: str) -> np.ndarray:
-        return core.ratio(_quantiles(draws @ totals[kind].exact)[1:2], reference(draws)[1:2]).reshape(())
+        median, frozen = (_quantiles(draws @ totals[which].exact)[1:2] for which in (kind, "null_lti"))
+        return core.ratio(median, frozen).reshape(())
 
     statistics = {f"layer_{kind}_horizon": lambda draws, c=totals[kind]: _quantiles(draws @ c.exact) for kind in KINDS}
     statistics |= {"layer_lti_horizon": reference}
@@ -198,13 +206,12 @@ def _summary(
         found[f"layer_{kind}_censored_share"] = _share(totals[kind].exact.sum(axis=0))
     for name, kind in GAINS.items():
         at_least = found[f"layer_{kind}_horizon_at_least"][1:2]
-        found[f"layer_{name}_at_least"] = core.ratio(at_least, found["layer_lti_horizon"][1:2]).reshape(())
+        found[f"layer_{name}_at_least"] = core.ratio(at_least, found["layer_null_lti_horizon"][1:2]).reshape(())
     for name in (
         "log_spread",
         "log_spread_at_least",
         "null_shuffle_log_spread",
         "null_lti_log_spread",
-        "null_lti_gain",
     ):
         found[f"layer_{name}"] = _median(parts[name])
     return found

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import xarray as xr
-from numpy.typing import ArrayLike
 
 from mamba_probe.analyses.common import Canonical, described, refuse
 from mamba_probe.analyses.common.result import Entry
@@ -19,6 +18,7 @@ _KIND = {
     "forward": "tokens until the write of a token has decayed to the level",
     "backward": "tokens after which a step no longer sees a write",
     "null_shuffle": "forward horizon with delta shuffled in time (null)",
+    "null_lti": "forward horizon with delta at its mean in each row, counted alike (null)",
 }
 
 
@@ -27,7 +27,7 @@ def measure(
     *,
     level: float = float(np.exp(-1)),
     tokens: Sequence[int] | None = None,
-    event_tokens: ArrayLike | None = None,
+    event_tokens: object = None,
     n_bootstrap: int = 200,
     seed: int = 0,
     weights: xr.Dataset | None = None,
@@ -37,16 +37,18 @@ def measure(
     r"""Measure how many tokens a write survives along the path that was executed (selection frozen).
 
     $H(s) = \min\{k \ge 1 : |A| \sum_{j=1}^{k} \Delta_{s+j} \ge -\ln(\mathrm{level})\}$ forward, its mirror backward;
-    the time-invariant equivalent is $H_{eq} = -\ln(\mathrm{level}) / (|A|\, \overline{\Delta})$, the selectivity gain
-    the median H over H_eq. A horizon that the recording does not reach is censored: it counts as infinite in a
-    quantile, the share of censored ones stands beside, and `*_at_least` holds the same quantile with each censored
-    horizon at the least it can be. Nulls: delta frozen to its mean, and delta shuffled in time. Estimators: ours.
+    the time-invariant equivalent is $H_{eq} = -\ln(\mathrm{level}) / (|A|\, \overline{\Delta})$, real-valued. The
+    selectivity gain is the median H over that of the same layer with delta at each row's mean, both in whole tokens and
+    censored alike, so that a time-invariant layer has gain 1. A horizon that the recording does not reach is censored:
+    it counts as infinite in a quantile, the share of censored ones stands beside, and `*_at_least` holds the same
+    quantile with each censored horizon at the least it can be. Nulls: delta frozen to its mean, and delta shuffled in time.
+    Estimators: ours.
 
     Args:
         trace: delta (layer, batch, token, channel or head) and A, with `valid` and `position`; in memory or on dask.
         level: retention below which a write counts as forgotten, in (0, 1).
         tokens: positions among a row's valid tokens whose horizons are returned in full, for every row.
-        event_tokens: position of an event, one for all rows or one a row: mean decay before, at and after it.
+        event_tokens: position of an event, an integer for all rows or one a row: mean decay before, at and after it.
         n_bootstrap: replicates of the interval over rows (95 %, percentile); NaN where there is one row.
         seed: seed of the replicates and of the shuffle.
         weights: not used; refused.
@@ -84,7 +86,10 @@ def measure(
 
 
 def _tokens(view: Canonical, tokens: Sequence[int] | None) -> tuple[int, ...]:
-    asked = tuple(int(token) for token in (() if tokens is None else tokens))
+    given = np.asarray(() if tokens is None else tokens)
+    if given.size and (given.dtype.kind not in "iu" or given.ndim != 1):
+        raise ValueError(f"tokens needs integers, positions among a row's valid tokens; got {tokens!r}")
+    asked = tuple(given.tolist())
     for row in range(view.n_rows):
         missing = sorted(set(asked) - set(view.positions(row).tolist()))
         if missing:
@@ -92,7 +97,7 @@ def _tokens(view: Canonical, tokens: Sequence[int] | None) -> tuple[int, ...]:
     return asked
 
 
-def _events(view: Canonical, event_tokens: ArrayLike | None) -> tuple[int, ...]:
+def _events(view: Canonical, event_tokens: object) -> tuple[int, ...]:
     if event_tokens is None:
         return ()
     events = np.atleast_1d(np.asarray(event_tokens))
@@ -128,10 +133,8 @@ def _entry(view: Canonical, name: str, values: np.ndarray) -> Entry:
 _OTHER = {
     "mean_delta": "mean step size over valid tokens of all rows",
     "lti_horizon": "time-invariant equivalent of the horizon, delta at its mean, real-valued",
-    "null_lti_horizon": "horizon of the time-invariant layer in whole tokens (null)",
-    "selectivity_gain": "median forward horizon over its time-invariant equivalent",
+    "selectivity_gain": "median forward horizon over that of the time-invariant layer, counted alike",
     "null_shuffle_gain": "the same gain with delta shuffled in time (null)",
-    "null_lti_gain": "the same gain of the time-invariant layer (null: 1 up to rounding to whole tokens)",
     "log_spread": "ln of the 0.9 over the 0.1 quantile of the forward horizon over tokens",
     "null_shuffle_log_spread": "the same spread with delta shuffled in time (null)",
     "null_lti_log_spread": "the same spread of the time-invariant layer (null)",
@@ -164,14 +167,14 @@ def _long_name(name: str) -> str:
 
 
 def _attrs(view: Canonical, options: Options) -> dict[str, str]:
-    gaps = any(np.any(np.diff(view.positions(row)) != 1) for row in range(view.n_rows))
+    gaps = not all(view.contiguous(row) for row in range(view.n_rows))
     return {
         "analysis": "memory_horizon",
         "estimator": f"first token at which exp(A Cum) is at most {options.level:.6g}; quantiles {_POOLED} (ours)",
         "level": f"{options.level:.17g}",
         "censoring": "inf = not reached in the recording; *_at_least holds the quantile with censored horizons at the "
         "least they can be; *_censored_share the share of them",
-        "null": "null_lti: delta frozen to its mean; null_shuffle: delta permuted over the valid tokens of each row"
+        "null": "in each row; null_lti: delta frozen to its mean; null_shuffle: delta permuted over the valid tokens"
         + (" (NaN: tokens are not contiguous)" if gaps else ""),
         "interval": "95 % percentile bootstrap over rows" if view.n_rows > 1 else "NaN: one row, nothing to resample",
         "reduces_over": "batch, token; layer_*: also channel or head, and state",

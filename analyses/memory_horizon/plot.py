@@ -29,7 +29,7 @@ def plot(result: xr.Dataset, ax: Any = None, *, kind: str = "horizon") -> Any:
         The Axes.
 
     Raises:
-        ValueError: another kind.
+        ValueError: another kind, or a result of another analysis.
 
     >>> plot(xr.Dataset(), kind="pie")
     Traceback (most recent call last):
@@ -37,6 +37,7 @@ def plot(result: xr.Dataset, ax: Any = None, *, kind: str = "horizon") -> Any:
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}; got {kind!r}")
+    style.check(result, "memory_horizon")
     ax = style.axes(ax)
     {"horizon": _horizon, "gain": _gain, "share": _share}[kind](result, ax)
     if kind != "share":
@@ -49,7 +50,7 @@ def _horizon(result: xr.Dataset, ax: Any) -> None:
     series = (
         ("layer_forward_horizon", style.REAL, "o", "executed"),
         ("layer_null_shuffle_horizon", style.NULL, "s", r"$\Delta$ shuffled in time (null)"),
-        ("layer_lti_horizon", style.LTI, "D", r"$\Delta$ at its mean, time-invariant (null)"),
+        ("layer_null_lti_horizon", style.LTI, "D", r"$\Delta$ at its mean, time-invariant (null)"),
     )
     style.log_axis(ax)
     for shift, (name, colour, marker, label) in zip((-0.22, 0.0, 0.22), series, strict=True):
@@ -70,7 +71,7 @@ def _arrows(x: np.ndarray, bound: np.ndarray, ax: Any, colour: str) -> None:
 def _bars(result: xr.Dataset, name: str, x: np.ndarray, ax: Any, colour: str, marker: str, label: str) -> None:
     """Median with its 10-90 % bar; censored ends stop at their lower bound with an arrow."""
     value = result[name].transpose("quantile", "layer").values
-    bound = result.get(f"{name}_at_least", result[name]).transpose("quantile", "layer").values
+    bound = result[f"{name}_at_least"].transpose("quantile", "layer").values
     low, mid, high = np.where(np.isinf(value), bound, value)
     ax.vlines(x, low, high, color=colour, lw=1.2, alpha=0.8)
     _interval(result, name, x, ax, colour)
@@ -106,20 +107,20 @@ def _gain(result: xr.Dataset, ax: Any) -> None:
 
 def _share(result: xr.Dataset, ax: Any) -> None:
     """Each curve ends where the first censored median could lie: beyond, its value was not measured."""
-    end = min(_measured(result, name) for name in ("forward_horizon", "null_shuffle_horizon"))
+    end = min(_measured(result, name) for name in ("forward_horizon", "null_shuffle_horizon", "null_lti_horizon"))
     series = (
         ("null_shuffle_horizon", {"color": style.NULL, "lw": 5, "alpha": 0.6}, r"$\Delta$ shuffled in time (null)"),
         (
-            "lti_horizon",
+            "null_lti_horizon",
             {"color": style.LTI, "lw": 3, "ls": (0, (2, 1))},
             r"$\Delta$ at its mean, time-invariant (null)",
         ),
         ("forward_horizon", {"color": style.REAL, "lw": 1.5}, "executed"),
     )
     ax.set_xscale("log")
-    edges = np.geomspace(0.5, end, 400)
+    edges = np.geomspace(0.5, end, 400, endpoint=False)
     for name, look, label in series:
-        median = result[name].sel(quantile=0.5) if "quantile" in result[name].dims else result[name]
+        median = result[name].sel(quantile=0.5)
         known = np.sort(median.values[~np.isnan(median.values)])
         if known.size:
             over = 1.0 - np.searchsorted(known, edges, side="right") / known.size

@@ -52,7 +52,7 @@ def read_task(canonical: Canonical, values: Int[np.ndarray, " value"] | None) ->
 
     Args:
         canonical: the trace.
-        values: token ids that a query may have to name; None: the targets that occur.
+        values: token ids that a query may have to name; None: those the task says, else the targets that occur.
 
     Raises:
         ValueError: a coordinate is missing, or a query has no target, source or prediction.
@@ -76,12 +76,14 @@ def read_task(canonical: Canonical, values: Int[np.ndarray, " value"] | None) ->
                 f"`{name}` must be given at every query; {int((given[query] < 0).sum())} of {query.sum()} lack it"
             )
     _check_sources(role, source, query)
+    if values is None and "answers" in trace.attrs:
+        values = np.arange(*trace.attrs["answers"])
     return Asked(query, query & (prediction == target), role, target, source, _values(target[query], values))
 
 
 def _check_gaps(canonical: Canonical) -> None:
     for row in range(canonical.n_rows):
-        if np.any(np.diff(canonical.positions(row)) != 1):
+        if not canonical.contiguous(row):
             raise ValueError(
                 f"recall_circuit needs every token between a write and its read; row {row} has gaps. "
                 "Record with tokens=None."

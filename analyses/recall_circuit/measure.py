@@ -28,8 +28,8 @@ LAYERED = ("signature", "layer")
 
 def measure(
     trace: xr.Dataset, *, weights: xr.Dataset | None = None, interventions: xr.Dataset | None = None,
-    baseline: object = None, offsets: Sequence[int] = (0, 1, 2), n_bootstrap: int = 200,
-    seed: int = 0, values: Sequence[int] | None = None,
+    baseline: object = None, offsets: Sequence[int] = (0, 1, 2), n_bootstrap: int = 200, seed: int = 0,
+    values: Sequence[int] | None = None,
 ) -> xr.Dataset:  # fmt: skip
     """Signatures of the circuit that writes key-value pairs into the state and reads them back (ours).
 
@@ -72,7 +72,7 @@ def measure(
         require(trace, "delta", "layer")
         return _unsolved(f"no task: {absent}", trace["layer"].values, None, scanned)
     canonical, loaded, asked = _prepare(trace, weights, values)
-    _check_interventions(interventions)
+    _check_interventions(interventions, trace)
     low = wilson(int(asked.correct.sum()), int(asked.query.sum()))[0]
     if low <= GATE:
         share = asked.correct.sum() / asked.query.sum()
@@ -123,14 +123,19 @@ def _score(
 
 
 def _twin(
-    baseline: object, canonical: Canonical, offsets: tuple[int, ...], seed: int,
-    values: Sequence[int] | None,
-) -> Scores | None:  # fmt: skip
+    baseline: object, canonical: Canonical, offsets: tuple[int, ...], seed: int, values: Sequence[int] | None
+) -> Scores | None:
     """Scores of a randomised twin on all its queries: it need not solve the task."""
     if baseline is None:
         return None
     if not (isinstance(baseline, tuple) and len(baseline) == 2):
         raise ValueError(f"baseline must be (trace, weights) of a randomised twin; got {type(baseline).__name__}")
+    if not all(isinstance(part, xr.Dataset) for part in baseline):
+        kinds = ", ".join(type(part).__name__ for part in baseline)
+        raise ValueError(f"baseline must be (trace, weights), two Datasets; got ({kinds})")
+    own = canonical.trace.attrs.get("model_hash")
+    if own and own == baseline[0].attrs.get("model_hash"):
+        raise ValueError("baseline is a recording of the model itself; pass one of a randomised twin")
     absent = no_task(baseline[0])
     if absent:
         raise ValueError(f"the baseline needs the same task: {absent}")
@@ -140,13 +145,19 @@ def _twin(
     return _score(other, weights, asked, asked.query, offsets, 2, seed)[0]
 
 
-def _check_interventions(interventions: xr.Dataset | None) -> None:
+def _check_interventions(interventions: xr.Dataset | None, trace: xr.Dataset) -> None:
     if interventions is None:
         return
     missing = [name for name in ("n_correct", "n_query", "intervention") if name not in interventions.variables]
     if missing or "none" not in interventions["intervention"].values.tolist():
         lack = ", ".join(missing) or 'the intervention "none"'
         raise ValueError(f"interventions lack {lack}; pass what probe.intervene(task, edits) returned")
+    for name in ("model_hash", "task_params"):
+        ours, theirs = trace.attrs.get(name), interventions.attrs.get(name)
+        if ours and theirs and ours != theirs:
+            raise ValueError(
+                f"interventions are of another {name.split('_')[0]} than the trace: {theirs} against {ours}"
+            )
 
 
 def _causal(interventions: xr.Dataset | None, chance: float, solved: bool) -> dict[str, Entry]:

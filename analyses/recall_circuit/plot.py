@@ -33,8 +33,9 @@ def plot(result: xr.Dataset, ax: "Axes | None" = None, *, layer: int | None = No
         layer: the model's own layer number; None: the one with the largest S1.
 
     Raises:
-        ValueError: `layer` is not in the result.
+        ValueError: `layer` is not in the result, or it is a result of another analysis.
     """
+    style.check(result, "recall_circuit")
     panel: Axes = style.axes(ax)
     if layer is not None and layer not in result["layer"].values:
         raise ValueError(f"layer {layer} is not in the result; it holds {result['layer'].values.tolist()}")

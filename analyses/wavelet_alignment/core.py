@@ -201,6 +201,17 @@ def best_wavelet(
     return np.where(dead, np.nan, size.max(axis=1)), np.where(dead, np.nan, level[at]), np.where(dead, np.nan, shift)
 
 
+def spike_cosine(window: int, wavelet: str) -> float:
+    """Mean |cosine| of a kernel that is one single token, anywhere in the window, with its best single wavelet.
+
+    A reference for `best_wavelet`: large where a kernel is merely short.
+
+    >>> round(spike_cosine(8, "haar"), 6)
+    0.707107
+    """
+    return float(best_wavelet(coefficients(np.eye(window), wavelet))[0].mean())
+
+
 def coarse_cosines(
     coefficient: Float[np.ndarray, "kernel token"], n_coarse: int
 ) -> tuple[Float[np.ndarray, " angle"], int]:

@@ -1,12 +1,12 @@
 """Trace in, wavelet alignment out: labels, validation and what each number means."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
 import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int
-from numpy.typing import ArrayLike
 
 from mamba_probe.analyses.common import Canonical, described, interval, refuse
 from mamba_probe.analyses.common.result import Entry
@@ -42,7 +42,7 @@ class Plan:
 def measure(
     trace: xr.Dataset,
     *,
-    query_tokens: ArrayLike | None = None,
+    query_tokens: Sequence[int] | Sequence[Sequence[int]] | np.ndarray | None = None,
     kernel: str = "mixer",
     wavelet: str = "haar",
     level: int | None = None,
@@ -107,6 +107,7 @@ def measure(
     plan = _plan(view, query_tokens, wavelet, level, read_out)
     names, found = _labels(view, read_out), _measured(view, plan)
     found |= _summaries(found, n_bootstrap, seed)
+    found["spike_best_cosine"] = np.asarray(core.spike_cosine(int(plan.window.max()), plan.wavelet))
     return described(
         {name: _entry(name, found[name]) for name in sorted(found)},
         _coords(view, plan, query_tokens, names),
@@ -132,7 +133,13 @@ def _check_discretization(trace: xr.Dataset) -> None:
         raise ValueError(f"wavelet_alignment writes delta B (discretization 'euler'); the trace says {rule!r}")
 
 
-def _plan(view: Canonical, query_tokens: ArrayLike | None, wavelet: str, level: int | None, read_out: object) -> Plan:
+def _plan(
+    view: Canonical,
+    query_tokens: Sequence[int] | Sequence[Sequence[int]] | np.ndarray | None,
+    wavelet: str,
+    level: int | None,
+    read_out: object,
+) -> Plan:
     basis = core.orthonormal_wavelet(wavelet)
     asked = _asked(view, query_tokens)
     at = np.array([_queries(view, row, None if asked is None else asked[row]) for row in range(view.n_rows)])
@@ -146,7 +153,9 @@ def _plan(view: Canonical, query_tokens: ArrayLike | None, wavelet: str, level: 
     return Plan(basis, chosen, at, windows, _read_out(view, read_out))
 
 
-def _asked(view: Canonical, query_tokens: ArrayLike | None) -> Int[np.ndarray, "batch query_token"] | None:
+def _asked(
+    view: Canonical, query_tokens: Sequence[int] | Sequence[Sequence[int]] | np.ndarray | None
+) -> Int[np.ndarray, "batch query_token"] | None:
     """The queries of each row, by position; None where the last valid tokens were asked for."""
     if query_tokens is None:
         return None
@@ -163,7 +172,7 @@ def _asked(view: Canonical, query_tokens: ArrayLike | None) -> Int[np.ndarray, "
 
 def _queries(view: Canonical, row: int, query_tokens: Int[np.ndarray, " query_token"] | None) -> list[int]:
     position = view.positions(row)
-    if np.any(np.diff(position) != 1):
+    if not view.contiguous(row):
         raise ValueError(
             f"the tokens of row {row} are not contiguous: a kernel needs every token of its window; record all"
         )
@@ -263,6 +272,7 @@ _TEXT = {
     "coefficient_fraction": ("the same as a fraction of the window", "1"),
     "effective_rank": ("effective number of coefficients, exp of the entropy of their energy", "coefficient"),
     "best_cosine": ("|cosine| with the best single wavelet", "1"),
+    "spike_best_cosine": ("|cosine| of a kernel of one single token with its best single wavelet (reference)", "1"),
     "best_level": ("level of that wavelet, log2 of its length in tokens", "level"),
     "best_shift": ("shift of that wavelet, in its own lengths from the window's start", "1"),
     "scaling_cosine": ("|cosine| with the scaling function (a constant, for Haar)", "1"),
@@ -293,6 +303,8 @@ def _entry(name: str, values: np.ndarray) -> Entry:
     null = base.startswith("null_")
     base = base.removesuffix(end).removeprefix("null_")
     text, units = _TEXT[base]
+    if name == "spike_best_cosine":
+        return (), values, text, units
     text += {"": "", "_low": ", lower end of the interval", "_high": ", upper end of the interval"}[end]
     text += " (null: time-invariant layer)" if null else ""
     if name.startswith("layer_"):
@@ -301,7 +313,12 @@ def _entry(name: str, values: np.ndarray) -> Entry:
     return (*_PLACE, *_DIMS.get(base, ("kernel",))), values, text, units
 
 
-def _coords(view: Canonical, plan: Plan, query_tokens: ArrayLike | None, names: np.ndarray) -> dict[str, object]:
+def _coords(
+    view: Canonical,
+    plan: Plan,
+    query_tokens: Sequence[int] | Sequence[Sequence[int]] | np.ndarray | None,
+    names: np.ndarray,
+) -> dict[str, object]:
     one_set = query_tokens is not None and np.ndim(query_tokens) == 1
     labels = (
         np.asarray(query_tokens) if one_set else np.arange(plan.at.shape[1]) + (LAST if query_tokens is None else 0)

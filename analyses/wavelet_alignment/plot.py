@@ -27,7 +27,7 @@ def plot(result: xr.Dataset, ax: Any = None, *, kind: str = "cosine") -> Any:
         The Axes.
 
     Raises:
-        ValueError: another kind.
+        ValueError: another kind, or a result of another analysis.
 
     >>> plot(xr.Dataset(), kind="pie")
     Traceback (most recent call last):
@@ -35,6 +35,7 @@ def plot(result: xr.Dataset, ax: Any = None, *, kind: str = "cosine") -> Any:
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}; got {kind!r}")
+    style.check(result, "wavelet_alignment")
     ax = style.axes(ax)
     {"cosine": _cosine, "compaction": _compaction}[kind](result, ax)
     style.legend_outside(ax)

@@ -13,7 +13,16 @@ from torch import Tensor
 from mamba_probe.kernels.emission import EMITTABLE, Emission, Emit
 from mamba_probe.kernels.scan.arguments import DISCRETIZATIONS, check
 
-__all__ = ["BACKENDS", "EMITTABLE", "Emission", "Emit", "ScanResult", "choose_backend", "selective_scan"]
+__all__ = [
+    "BACKENDS",
+    "EMITTABLE",
+    "Emission",
+    "Emit",
+    "ScanResult",
+    "check_backend",
+    "choose_backend",
+    "selective_scan",
+]
 
 BACKENDS = ("naive", "cpu", "triton")
 _MODULES = {"naive": "naive", "cpu": "cpu", "triton": "fused"}
@@ -117,6 +126,19 @@ def selective_scan(
     module = _backend(name)
     with torch.autocast(x.device.type, enabled=False):
         return ScanResult(*module.scan(arguments))
+
+
+def check_backend(name: str, device: torch.device | str) -> None:
+    """Check that backend `name` can run tensors on `device`, before there are any.
+
+    Raises:
+        ValueError: an unknown backend, or triton where it cannot run.
+
+    >>> check_backend("cpu", "cpu")
+    """
+    module = _backend(name)
+    if name == "triton":
+        module.check_device(torch.device(device))
 
 
 def _backend(name: str):

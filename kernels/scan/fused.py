@@ -15,7 +15,7 @@ from torch import Tensor
 from mamba_probe.kernels.emission import Emission
 from mamba_probe.kernels.scan.arguments import Arguments
 
-__all__ = ["scan"]
+__all__ = ["check_device", "scan"]
 
 TILE = 1024
 """State elements of one program, at least one row."""
@@ -144,7 +144,7 @@ def scan_kernel(
 
 def scan(a: Arguments) -> tuple[Tensor, Tensor, Emission]:
     """Outputs (batch, token, head, head_channel) in x's dtype, last state, emission."""
-    _check_device(a)
+    _check_arguments(a)
     batch, n_token, head, head_channel = a.x.shape
     group, state = a.B.shape[2:]
     block_n = triton.next_power_of_2(state)
@@ -182,13 +182,18 @@ def scan(a: Arguments) -> tuple[Tensor, Tensor, Emission]:
     return out, last, Emission(**emitted, **inputs)
 
 
-def _check_device(a: Arguments) -> None:
+def check_device(device: torch.device) -> None:
+    """Raises ValueError where the kernel cannot run."""
     compiled = isinstance(scan_kernel, triton.JITFunction)
-    if compiled and a.x.device.type != "cuda":
+    if compiled and device.type != "cuda":
         raise ValueError(
-            f'backend "triton" needs CUDA tensors; `x` is on {a.x.device}: use backend="cpu", or set '
+            f'backend "triton" needs CUDA tensors; `x` is on {device}: use backend="cpu", or set '
             "TRITON_INTERPRET=1 before the first import of triton to interpret the kernel (slow, for tests)"
         )
+
+
+def _check_arguments(a: Arguments) -> None:
+    check_device(a.x.device)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in a.tensors()):
         raise ValueError(
             'backend "triton" is forward only for now, and an input requires grad: '

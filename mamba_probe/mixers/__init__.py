@@ -30,7 +30,7 @@ def find_mixers(model: nn.Module) -> list[MixerAdapter]:
         kind = type(module).__name__
         if adapter is not None:
             found.append(adapter(module, name))
-        elif _of_a_library(module) and (kind in NOT_YET or "mamba3" in kind.lower()):
+        elif "mamba3" in kind.lower() or "A_log" in module._parameters or (_of_a_library(module) and kind in NOT_YET):
             refused.add(f"{kind} ({type(module).__module__})")
     supported = ", ".join(f"{adapter.class_path[1]} of transformers" for adapter in ADAPTERS)
     if refused:

@@ -72,17 +72,22 @@ class MixerAdapter(ABC):
     def oracle(self, hidden: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
         """delta, B, C and out of one forward in float64 from the weights alone, by the sequential recurrence."""
 
-    def take_over(self, tap: Tap) -> Callable[[], None]:
-        """Put `tap` in the place of the mixer's scan; returns the call that undoes it."""
+    def take_over(self, tap: Tap) -> None:
+        """Put `tap` in the place of the mixer's scan; `release` undoes it."""
         forward = type(self.mixer).forward
         assert isinstance(forward, FunctionType)
         bound = rebind(forward, self.replacements(tap, innermost(forward).__globals__))
         self.mixer.forward = MethodType(_tapped(bound, tap), self.mixer)
 
-        def undo() -> None:
-            del self.mixer.forward
+    @property
+    def taken(self) -> bool:
+        """Whether a tap of ours stands in the mixer."""
+        return getattr(self.mixer.__dict__.get("forward"), "__name__", "") == _tapped.__name__
 
-        return undo
+    def release(self) -> None:
+        """Restore the library's own forward; a mixer that is not taken stays as it is."""
+        if self.taken:
+            del self.mixer.forward
 
 
 def _tapped(forward: FunctionType, tap: Tap) -> Callable[..., Tensor]:
@@ -93,7 +98,7 @@ def _tapped(forward: FunctionType, tap: Tap) -> Callable[..., Tensor]:
     ) -> Tensor:
         continues = cache_params is not None and cache_params.has_previous_state(self.layer_idx)
         valid = None if attention_mask is None else attention_mask.bool()
-        tap.call = Call(layer=tap.layer, valid=valid, continues=continues)
+        tap.call = Call(tap.layer, valid, continues, edits=tuple(map(repr, tap.edits)))
         try:
             out = forward(self, hidden_states, cache_params, attention_mask, **kwargs)
             if tap.listener is not None:
@@ -103,6 +108,7 @@ def _tapped(forward: FunctionType, tap: Tap) -> Callable[..., Tensor]:
         finally:
             tap.call = None
 
+    probed_forward.__name__ = _tapped.__name__
     return probed_forward
 
 

@@ -40,7 +40,7 @@ class Mamba2Adapter(MixerAdapter):
             self.fused: no_shortcut,
         }
 
-    def take_over(self, tap: Tap) -> Callable[[], None]:
+    def take_over(self, tap: Tap) -> None:
         """The gate acts after the scan, in the mixer's norm: it is noted, and opened by an edit, on its way in."""
         heads = (self.sizes.n_heads, self.sizes.head_channels)
 
@@ -50,14 +50,15 @@ class Mamba2Adapter(MixerAdapter):
                 tap.call.tensors["z"] = gate.unflatten(-1, heads)
             return (scan_output, torch.full_like(gate, OPEN_GATE) if tap.touches("gate") else gate)
 
-        undo_forward = super().take_over(tap)
-        handle = self.mixer.norm.register_forward_pre_hook(at_norm)
+        super().take_over(tap)
+        self.mixer.norm.register_forward_pre_hook(at_norm)
 
-        def undo() -> None:
-            handle.remove()
-            undo_forward()
-
-        return undo
+    def release(self) -> None:
+        if self.taken:
+            hooks = self.mixer.norm._forward_pre_hooks
+            for key in [key for key, hook in hooks.items() if hook.__module__ == __name__]:
+                del hooks[key]
+        super().release()
 
     def weights(self) -> dict[str, Labelled]:
         mixer, parts = self.mixer, self._parts()

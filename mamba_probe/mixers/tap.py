@@ -29,6 +29,8 @@ class Call:
     """Whether a cached state was carried in."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """Executed tensors in the scan's layout: those of the emission, and x, z, out."""
+    edits: tuple[str, ...] = ()
+    """The edits that acted on this layer."""
     state_in: Tensor | None = None
     state_out: Tensor | None = None
 

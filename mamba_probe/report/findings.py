@@ -25,6 +25,8 @@ class Finding:
 
     title: str
     question: str
+    reading: str
+    """How to read its numbers, in plain words."""
     sentence: str
     rows: tuple[Row, ...]
     notes: tuple[tuple[str, str], ...]
@@ -35,7 +37,7 @@ class Finding:
 
 def finding(name: str, result: xr.Dataset) -> Finding:
     """The finding of a result of the analysis `name`."""
-    title, question, say = _ANALYSES[name]
+    title, question, reading, say = _ANALYSES[name]
     sentence, rows = say(result)
     stated = (
         "estimator", "null", "baseline_estimator", "interval", "reduces_over", "queries", "window_rule", "censoring",
@@ -43,7 +45,7 @@ def finding(name: str, result: xr.Dataset) -> Finding:
     )  # fmt: skip
     notes = tuple((key.replace("_", " "), str(result.attrs[key])) for key in stated if result.attrs.get(key))
     drawn = name != "recall_circuit" or bool(result["solved"])
-    return Finding(title, question, sentence[0].upper() + sentence[1:], tuple(rows), notes, drawn)
+    return Finding(title, question, reading, sentence[0].upper() + sentence[1:], tuple(rows), notes, drawn)
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -94,27 +96,37 @@ def _horizon(result: xr.Dataset) -> tuple[str, list[Row]]:
     rows = []
     for layer in _shown(result):
         one = result.sel(layer=layer)
-        median, censored = one.sel(quantile=0.5), one["layer_forward_censored_share"].item()
-        lti, shuffled = number(median["layer_lti_horizon"].item()), _median(result, layer, "null_shuffle")
-        interval = span(*(median[f"layer_forward_horizon_{end}"].item() for end in ("low", "high")))
-        null = f"time-invariant {lti}; shuffled {shuffled}"
+        lti, shuffled = (_median(result, layer, f"null_{which}") for which in ("lti", "shuffle"))
+        ends = (one[f"layer_forward_horizon_{end}"].sel(quantile=0.5).item() for end in ("low", "high"))
         rows += [
-            Row(f"layer {layer}: median horizon, tokens", _median(result, layer), null, interval),
-            Row(f"layer {layer}: horizons beyond the recording", f"{censored:.0%}"),
+            Row(
+                f"layer {layer}: median horizon, tokens",
+                _median(result, layer),
+                f"time-invariant {lti}; shuffled {shuffled}",
+                span(*ends),
+            ),
+            Row(
+                f"layer {layer}: horizons beyond the recording",
+                f"{one['layer_forward_censored_share'].item():.0%}",
+                f"time-invariant {one['layer_null_lti_censored_share'].item():.0%}",
+            ),
             _gain(layer, one),
         ]
-    share = result["layer_forward_censored_share"].values
-    if (share == 1).all():
-        where = _name_layers(result)
-        return f"{where} forgets nothing within the recording: every horizon is censored.", rows
-    seen = result["layer_forward_horizon"].sel(quantile=0.5).values
-    low, high = (result["layer"].values[index] for index in (seen.argmin(), seen.argmax()))
-    if low == high:
-        lti = number(result["layer_lti_horizon"].sel(quantile=0.5, layer=low).item())
-        said = f"half of all writes decay to 1/e within {_median(result, low)} tokens; with delta at its mean, {lti}"
-        return f"Layer {low}: {said} ({share.max():.0%} outlast the recording).", rows
-    ends = f"{_median(result, low)} tokens in layer {low} and {_median(result, high)} in layer {high}"
-    return f"The median write decays to 1/e between {ends}{_listed(result)}", rows
+    if (result["layer_forward_censored_share"] == 1).all():
+        return f"{_name_layers(result)} forgets nothing within the recording: every horizon is censored.", rows
+    return f"{_horizon_sentence(result)}{_listed(result)}", rows
+
+
+def _horizon_sentence(result: xr.Dataset) -> str:
+    """The layers whose median write lives shortest and longest, each beside its own time-invariant null."""
+    layers = result["layer"].values
+    median, least = (result[f"layer_forward_horizon{end}"].sel(quantile=0.5).values for end in ("", "_at_least"))
+    order = np.lexsort((least, median))
+    said = [
+        f"{_median(result, layer)} tokens in layer {layer} (time-invariant {_median(result, layer, 'null_lti')})"
+        for layer in dict.fromkeys(layers[order[[0, -1]]].tolist())
+    ]
+    return f"The median write decays to 1/e after {' and '.join(said)}."
 
 
 def _median(result: xr.Dataset, layer: int, which: str = "forward") -> str:
@@ -151,16 +163,20 @@ def _wavelet(result: xr.Dataset) -> tuple[str, list[Row]]:
         dead = int(one["n_dead"].sum())
         rows.append(Row(f"layer {layer}: kernels without energy, left out", f"{dead} of {one['best_cosine'].size}"))
     cosine, null = (result[f"layer_{which}best_cosine"].values for which in ("", "null_"))
-    if np.isnan(cosine).all():
+    live = np.flatnonzero(~np.isnan(cosine))
+    if not live.size:
         return f"{_name_layers(result)}: no kernel has energy at the query, so nothing is measured.", rows
-    low, high = np.nanargmin(cosine), np.nanargmax(cosine)
-    layers, wavelet = result["layer"].values, result.attrs["wavelet"]
-    said = f"Mean |cos| of the executed kernels with their best single {wavelet} wavelet"
-    if low == high:
-        return f"{said}: {number(cosine[low])}, against {number(null[low])} once time-invariant.", rows
-    ends = f"{number(cosine[low])} (layer {layers[low]}) to {number(cosine[high])} (layer {layers[high]})"
-    frozen = f"{number(np.nanmin(null))} to {number(np.nanmax(null))}"
-    return f"{said}: {ends}; once time-invariant {frozen}{_listed(result)}", rows
+    ends = dict.fromkeys([live[cosine[live].argmin()], live[cosine[live].argmax()]])
+    layers = result["layer"].values
+    said = [f"{number(float(cosine[i]))} in layer {layers[i]} ({_frozen(float(null[i]))})" for i in ends]
+    dead = f" {len(cosine) - live.size} layer(s) have no kernel with energy." if live.size < len(cosine) else ""
+    spike = f" A kernel that is one single token scores {number(result['spike_best_cosine'].item())}."
+    head = f"Mean |cos| of the executed kernels with their best single {result.attrs['wavelet']} wavelet"
+    return f"{head}: {' to '.join(said)}.{spike}{dead}{_listed(result)}", rows
+
+
+def _frozen(null: float) -> str:
+    return "no energy once time-invariant" if np.isnan(null) else f"once time-invariant {number(null)}"
 
 
 MOST_LAYERS = 6
@@ -176,9 +192,11 @@ def _shown(result: xr.Dataset) -> list[int]:
 
 def _listed(result: xr.Dataset) -> str:
     n, shown = result.sizes["layer"], len(_shown(result))
+    if n == 1:
+        return ""
     if shown == n:
-        return f". The table has all {n} layers."
-    return f". The table has {shown} of {n} layers; the figure and the stored result have all."
+        return f" The table has all {n} layers."
+    return f" The table has {shown} of {n} layers; the figure and the stored result have all."
 
 
 def _name_layers(result: xr.Dataset) -> str:
@@ -188,8 +206,33 @@ def _name_layers(result: xr.Dataset) -> str:
 
 
 _Say = Callable[[xr.Dataset], tuple[str, list[Row]]]
-_ANALYSES: dict[str, tuple[str, str, _Say]] = {
-    "recall_circuit": ("Recall circuit", "Does the model store pairs and read them back, and by which parts?", _recall),
-    "memory_horizon": ("Memory horizon", "For how many tokens does a write survive along the path executed?", _horizon),
-    "wavelet_alignment": ("Wavelet alignment", "Are the kernels that a layer executed wavelet-like?", _wavelet),
-}  # fmt: skip
+_ANALYSES: dict[str, tuple[str, str, str, _Say]] = {
+    "recall_circuit": (
+        "Recall circuit",
+        "Does the model store pairs and read them back, and by which parts?",
+        "A signature is 1 where a layer does what the closed-form circuit does. Its null is chance; the twin is the"
+        " same architecture untrained. S1: of all pairs written, the right one adds most to its answer. S3: that pair"
+        " alone names the right value. S5 and S6: the query's C matches the right B best (margin, accuracy). S7: share"
+        " of the write energy at pairs. S9: share of the gate's energy on keys. S10: the convolution's taps shift the"
+        " key by one token. Causal share: what an edit takes away of the accuracy above chance (above 1: it fell below"
+        " chance).",
+        _recall,
+    ),
+    "memory_horizon": (
+        "Memory horizon",
+        "For how many tokens does a write survive along the path executed?",
+        "The horizon of a write is the number of tokens until it has decayed to 1/e. Time-invariant: the same layer"
+        " with delta at its mean, counted alike; shuffled: the same deltas in random order. Gain: median horizon over"
+        " the time-invariant one. A horizon that the recording does not reach is censored: only a bound is known.",
+        _horizon,
+    ),
+    "wavelet_alignment": (
+        "Wavelet alignment",
+        "Are the kernels that a layer executed wavelet-like?",
+        "A kernel says how much a query reads from each earlier token. |cos| is 1 where it is a single wavelet; a"
+        " kernel that is merely short scores high too, so compare it with that of one single token. Time-invariant: the"
+        " same layer with delta, B and C at their means. Where that decays slowly it is nearly constant: one"
+        " coefficient, of the scaling function, which is no wavelet.",
+        _wavelet,
+    ),
+}

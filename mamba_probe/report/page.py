@@ -1,6 +1,7 @@
 """One self-contained HTML page: what was found, against which null, from what."""
 
 import base64
+import json
 import os
 from os import PathLike
 from pathlib import Path
@@ -48,7 +49,7 @@ def _subject(trace: xr.Dataset) -> str:
     n_tokens = int(trace["valid"].sum())
     size = f"{trace.sizes['batch']} rows, {n_tokens:,} tokens, {trace.sizes['layer']} layer(s)"
     if "task" in trace.attrs:
-        chosen = {key: value for key, value in trace.attrs["task_params"].items() if key not in ("batch",)}
+        chosen = {key: value for key, value in json.loads(trace.attrs["task_params"]).items() if key != "batch"}
         return f"task {trace.attrs['task']} ({', '.join(f'{k} {v}' for k, v in chosen.items())}); {size}"
     left = trace.attrs.get("tokens_left_out", 0)
     return f"text {Path(trace.attrs.get('text', '')).name}; {size}" + (
@@ -58,9 +59,18 @@ def _subject(trace: xr.Dataset) -> str:
 
 def _provenance(run: Run) -> list[tuple[str, str]]:
     attrs: dict[str, Any] = run.trace.attrs
-    shown = ("model", "model_hash", "family", "discretization", "dtype", "backend", "created_at", "schema_version")
+    shown = (
+        "model",
+        "model_hash",
+        "family",
+        "discretization",
+        "dtype",
+        "backend",
+        "created_at",
+        "schema_version",
+        "versions",
+    )
     rows = [(key.replace("_", " "), str(attrs[key])) for key in shown]
-    rows.append(("versions", ", ".join(f"{name} {version}" for name, version in attrs["versions"].items())))
     return rows
 
 

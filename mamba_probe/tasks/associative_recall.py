@@ -76,7 +76,7 @@ def mqar(
         "power_a": power_a,
         "filler": filler,
     }
-    return Task("mqar", input_ids, role, target, source_token, vocab, params)
+    return Task("mqar", input_ids, role, target, source_token, vocab, params, answers=range(vocab // 2, vocab))
 
 
 def _distinct(
@@ -87,6 +87,10 @@ def _distinct(
 
 
 def _check(batch: int, length: int, n_pairs: int, vocab: int, power_a: float, filler: str) -> None:
+    sizes = {"batch": batch, "length": length, "n_pairs": n_pairs, "vocab": vocab}
+    wrong = [f"{name}={value!r}" for name, value in sizes.items() if not isinstance(value, int | np.integer)]
+    if wrong:
+        raise ValueError(f"mqar: sizes are integers; got {', '.join(wrong)}")
     if filler != "zero":
         hint = '"random" is not supported yet; ' if filler == "random" else ""
         raise ValueError(f'mqar: filler={filler!r}: {hint}use filler="zero"')

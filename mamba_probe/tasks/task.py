@@ -26,6 +26,7 @@ class Task:
         source_token: index in the row of the token that holds the answer, -1 elsewhere (batch, token).
         vocab: number of token ids.
         params: the generator's arguments, the seed among them.
+        answers: token ids that an answer may be; None is every id.
 
     Raises:
         ValueError: if the arrays differ in shape, or hold a role, an id or an index that cannot be.
@@ -46,6 +47,7 @@ class Task:
     source_token: Int[np.ndarray, "batch token"]
     vocab: int
     params: dict[str, Any] = field(default_factory=dict)
+    answers: range | None = None
 
     def __post_init__(self) -> None:
         if self.input_ids.ndim != 2:

@@ -55,6 +55,8 @@ def validate(trace: xr.Dataset) -> None:
         raise ValueError(
             f"a trace is an xarray.Dataset; got {type(trace).__name__}. Use probe.record or mp.open_trace."
         )
+    if trace.attrs.get("kind", "trace") != "trace":
+        raise ValueError(f"this Dataset holds {trace.attrs['kind']}, not a trace")
     version, family = trace.attrs.get("schema_version"), trace.attrs.get("family")
     if version != SCHEMA_VERSION:
         raise ValueError(

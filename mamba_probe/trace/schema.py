@@ -61,7 +61,13 @@ VARIABLES = MappingProxyType(
             "1",
             "h_t",
         ),
-        "delta_cumsum": Variable(_PER_DELTA, "sum of delta up to and with this token", "1", r"\sum\Delta", "float64"),
+        "delta_cumsum": Variable(
+            _PER_DELTA,
+            "sum of delta from the row's first token on, padding included, up to and with this token",
+            "1",
+            r"\sum\Delta",
+            "float64",
+        ),
         "out": Variable(_PER_MODEL, "mixer output", "1", "o_t"),
     }
 )

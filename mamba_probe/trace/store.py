@@ -8,13 +8,14 @@ import json
 import shutil
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from mamba_probe.trace.contract import validate
 
-__all__ = ["check_free", "open_dataset", "open_trace", "save"]
+__all__ = ["check_free", "open_dataset", "open_trace", "remove", "save"]
 
 SUFFIXES = (".zarr", ".nc")
 
@@ -28,7 +29,7 @@ def save(dataset: xr.Dataset, path: str | PathLike[str], *, overwrite: bool = Fa
         overwrite: replace what exists; it is removed only after the new store is whole.
 
     Raises:
-        ValueError: unknown suffix, or the path exists and `overwrite` is False.
+        ValueError: unknown suffix, an attribute that JSON cannot hold, or the path exists and `overwrite` is False.
 
     >>> import tempfile, xarray as xr
     >>> path = save(xr.Dataset({"a": ("layer", [1.0])}, attrs={"solved": None}), tempfile.mkdtemp() + "/r.nc")
@@ -37,14 +38,14 @@ def save(dataset: xr.Dataset, path: str | PathLike[str], *, overwrite: bool = Fa
     """
     path = check_free(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    _remove(partial)
     coded = _encode(dataset)
+    partial = path.with_name(path.name + ".partial")
+    remove(partial)
     if path.suffix == ".zarr":
         coded.to_zarr(partial, mode="w", consolidated=False)
     else:
         coded.to_netcdf(partial, engine="h5netcdf", format="NETCDF4")
-    _remove(path)
+    remove(path)
     partial.rename(path)
     return path
 
@@ -73,7 +74,7 @@ def open_dataset(path: str | PathLike[str]) -> xr.Dataset:
         raise FileNotFoundError(f"no store at {path}")
     try:
         if path.suffix == ".zarr":
-            coded = xr.open_zarr(path, chunks={}, consolidated=False)
+            coded = xr.open_zarr(_guarded(path), chunks={}, consolidated=False)
         else:
             coded = xr.open_dataset(path, engine="h5netcdf", chunks={})
         return _decode(coded)
@@ -101,6 +102,21 @@ def open_trace(path: str | PathLike[str]) -> xr.Dataset:
     return trace
 
 
+def _guarded(path: Path) -> Any:
+    """A Zarr store that refuses to read once another has taken its name: lazy arrays would change silently."""
+    from zarr.storage import LocalStore
+
+    opened = path.stat().st_ino
+
+    class GuardedStore(LocalStore):
+        async def get(self, *args: Any, **kwargs: Any) -> Any:
+            if not path.exists() or path.stat().st_ino != opened:
+                raise ValueError(f"{path} was replaced or removed since it was opened: open it again")
+            return await super().get(*args, **kwargs)
+
+    return GuardedStore(path, read_only=True)
+
+
 def _checked_suffix(path: str | PathLike[str]) -> Path:
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -108,7 +124,8 @@ def _checked_suffix(path: str | PathLike[str]) -> Path:
     return path
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a store if it is there."""
     if path.is_dir():
         shutil.rmtree(path)
     elif path.exists():
@@ -118,12 +135,21 @@ def _remove(path: Path) -> None:
 def _encode(dataset: xr.Dataset) -> xr.Dataset:
     """Attributes as JSON, strings as variable-length objects, no encoding left over from an earlier store."""
     coded = dataset.copy()
-    coded.attrs = {name: json.dumps(value) for name, value in dataset.attrs.items()}
+    coded.attrs = _json(dataset.attrs)
     for name, variable in coded.variables.items():
         if variable.dtype.kind in "UT":
             coded[name] = (variable.dims, variable.values.astype(object), variable.attrs)
-        coded[name].attrs = {key: json.dumps(value) for key, value in variable.attrs.items()}
+        coded[name].attrs = _json(variable.attrs)
     return coded.drop_encoding()
+
+
+def _json(attrs: dict[Any, Any]) -> dict[str, str]:
+    try:
+        return {name: json.dumps(value) for name, value in attrs.items()}
+    except TypeError as error:
+        raise ValueError(
+            f"an attribute cannot be stored as JSON ({error}); attributes: {sorted(map(str, attrs))}"
+        ) from error
 
 
 def _decode(coded: xr.Dataset) -> xr.Dataset:

@@ -28,7 +28,7 @@ def test_freezing_at_the_executed_values_changes_nothing_and_at_the_mean_holds_i
             frozen = probe.record(IDS, MASK, layers=[1])
             changed = out(model)
     assert abs(changed - native).max() > 1e-3
-    assert frozen.attrs["edits"] == [f"freeze({name}, layer=1)"]
+    assert frozen.attrs["edits"] == f"freeze({name}, layer=1)"
     valid = MASK.bool().numpy()
     for row in range(2):
         expected = executed[row][valid[row]].mean(0)
@@ -105,6 +105,17 @@ def test_edits_nest_and_end_with_their_block(model):
         np.testing.assert_allclose(out(model), native, atol=2e-5 * abs(native).max())
 
 
+def test_edits_inside_a_recording_are_written_down_with_their_values(model):
+    with mp.attach(model) as probe, probe.recording(variables=["delta"]) as recorder:
+        out(model)
+        with probe.edit(mp.freeze("delta", layer=1, value=0.5), mp.ablate("gate")):
+            out(model)
+    trace = recorder.dataset
+    assert trace.attrs["edits"] == "ablate(gate); freeze(delta, layer=1, value=0.5)"
+    assert (trace["delta"].sel(layer=1).values[2:][trace["valid"].values[2:]] == 0.5).all()
+    assert repr(mp.freeze("B", value=torch.ones(3))) == "freeze(B, value=a tensor (3,))"
+
+
 def test_edit_errors(model):
     with pytest.raises(ValueError, match=r"unknown quantity to freeze 'conv'.*can be ablated"):
         mp.freeze("conv")
@@ -126,8 +137,13 @@ def test_edit_errors(model):
             out(model)
         with pytest.raises(ValueError, match=r"one token.*value="), probe.edit(mp.freeze("delta")):
             model.generate(IDS, max_new_tokens=3, pad_token_id=0)
-        with probe.edit(mp.ablate("conv")), pytest.raises(ValueError, match=r"leave the `edit` block"):
+        with probe.edit(mp.ablate("conv")), pytest.raises(ValueError, match=r"parity .*leave the `edit` block"):
             probe.parity(IDS)
+        task = mp.tasks.mqar(batch=2, length=16, n_pairs=2, vocab=60)
+        with probe.edit(mp.ablate("conv")), pytest.raises(ValueError, match=r"intervene .*leave the `edit` block"):
+            probe.intervene(task, [])
+        with pytest.raises(ValueError, match="NaN or infinity"), probe.edit(mp.freeze("delta", value=float("nan"))):
+            out(model)
     with pytest.raises(ValueError, match="detached"), probe.edit(mp.ablate("conv")):
         pass
 

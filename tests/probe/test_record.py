@@ -1,11 +1,14 @@
 """What `record` and `recording` take, keep and refuse."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 import xarray as xr
 
 import mamba_probe as mp
+from mamba_probe.trace import validate
 from mamba_probe.trace.schema import DIMS, VARIABLES
 
 IDS = torch.randint(1, 61, (3, 21), generator=torch.Generator().manual_seed(5))
@@ -143,6 +146,8 @@ def test_store_and_partial_results(probe, tmp_path, model):
         ({"inputs": [[1, 2]], "attention_mask": [[1, 2]]}, r"1 at tokens and 0 at padding"),
         ({"inputs": [[1, 2]], "attention_mask": [[0, 0]]}, r"masks every token of row 0"),
         ({"inputs": [[1]], "text": ["a"]}, r"not both"),
+        ({"inputs": "hello"}, r"pass strings as text="),
+        ({"inputs": np.ones((1, 4), np.float32)}, r"Token ids are integers"),
         ({}, r"pass either inputs"),
         ({"text": ["a"]}, r"mp.load_tokenizer"),
         ({"text": "a", "tokenizer": Letters()}, r"list of strings"),
@@ -174,6 +179,85 @@ def test_non_finite_recordings_name_layer_token_and_variable(probe, model):
         recorder.dataset  # noqa: B018
 
 
+def test_non_finite_logits_and_parity_are_refused(probe, model):
+    with torch.no_grad():
+        model.backbone.norm_f.weight[3] = float("inf")
+    with pytest.raises(ValueError, match=r"logits are NaN or infinite at token 0 of row 0"):
+        probe.record(IDS)
+    with torch.no_grad():
+        model.backbone.layers[1].mixer.out_proj.weight.mul_(1e38)
+    with pytest.raises(ValueError, match=r"parity cannot be measured.*out_vs_native of layer 1"):
+        probe.parity(IDS)
+
+
+@pytest.mark.parametrize("kept", [0, 2, torch.tensor([0, 3, 5]), torch.tensor([4])])
+def test_predictions_stand_where_their_logits_were_kept(probe, model, kept):
+    full = probe.record(IDS)["prediction"].values
+    with torch.no_grad(), probe.recording(variables=["delta"]) as recorder:
+        model(IDS, logits_to_keep=kept)
+    found = recorder.dataset["prediction"].values
+    expected = np.full_like(full, -1)
+    where = kept.numpy() if isinstance(kept, torch.Tensor) else slice(-kept if kept else None, None)
+    expected[:, where] = full[:, where]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_failed_call_leaves_no_ids_behind(probe, model):
+    outcomes = iter([RuntimeError("planned"), None])
+    handle = model.backbone.layers[1].register_forward_pre_hook(lambda *_: _raise(next(outcomes)))
+    with torch.no_grad(), probe.recording(variables=["delta"]) as recorder:
+        with pytest.raises(RuntimeError, match="planned"):
+            model(IDS)
+        model.backbone(IDS.flip(1))
+    handle.remove()
+    assert "token_id" not in recorder.dataset.coords
+    assert recorder.dataset.sizes["batch"] == 3
+    assert "whole" in repr(recorder)
+
+
+def _raise(error):
+    if error is not None:
+        raise error
+
+
+def test_continuing_a_cached_sequence_by_several_tokens(probe, model):
+    """transformers keeps Mamba-2's state and drops Mamba-1's: the first is one sequence, the second is none."""
+    with torch.no_grad(), probe.recording(variables=["h"]) as recorder:
+        cache = model(IDS[:, :8], use_cache=True).cache_params
+        if model.config.model_type == "mamba":
+            with pytest.raises(ValueError, match=r"continues a cached sequence by 13 tokens.*drops"):
+                model(IDS[:, 8:], cache_params=cache)
+        else:
+            model(IDS[:, 8:], cache_params=cache)
+    length = 8 if model.config.model_type == "mamba" else 21
+    assert recorder.dataset.sizes["token"] == length
+    whole = probe.record(IDS, variables=["h"]).isel(token=slice(length))
+    np.testing.assert_allclose(recorder.dataset["h"], whole["h"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_lost_or_copied_probe_can_be_taken_off(model):
+    with torch.no_grad():
+        native = model(IDS).logits
+    mp.attach(model)
+    copied = copy.deepcopy(model)
+    for one in (model, copied):
+        with pytest.raises(ValueError, match=r"mp.detach\(model\)"):
+            mp.attach(one)
+        mp.detach(one)
+        with torch.no_grad():
+            assert torch.equal(one(IDS).logits, native)
+        assert not [m for m in one.modules() if m._forward_pre_hooks]
+    with mp.attach(copied) as probe:
+        assert probe.attached
+
+
+def test_a_plain_netcdf_takes_a_trace_too(probe, tmp_path):
+    probe.parity(IDS[:1])
+    trace = probe.record(IDS)
+    assert trace.attrs["parity_error"] <= 2e-6
+    trace.to_netcdf(tmp_path / "plain.nc", engine="h5netcdf")
+
+
 def test_padding_may_hold_anything(probe, model):
     mask = torch.ones_like(IDS)
     mask[1, :6] = 0
@@ -188,6 +272,10 @@ def test_attach_errors(model):
         mp.attach(model)
     with pytest.raises(ValueError, match=r"Linear has no state-space layer to probe. Supported: MambaMixer"):
         mp.attach(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"live torch module; got str: load it with mp.load"):
+        mp.attach("state-spaces/mamba-130m")
+    with pytest.raises(ValueError, match=r'backend "triton" needs CUDA tensors'):
+        mp.attach(model, backend="triton")
     with pytest.raises(ValueError, match=r"unknown backend 'cuda'"):
         mp.attach(model, backend="cuda")
     with pytest.raises(ValueError, match=r"share a layer number"):
@@ -210,6 +298,13 @@ def test_unsupported_families_are_named():
     mamba3 = type("Mamba3", (torch.nn.Module,), {"__module__": "mamba_ssm.modules.mamba3"})
     with pytest.raises(ValueError, match=r"unsupported mixer family: Mamba3"):
         mp.attach(mamba3())
+    mine = type("MyMamba3", (torch.nn.Module,), {})
+    with pytest.raises(ValueError, match=r"unsupported mixer family: MyMamba3"):
+        mp.attach(torch.nn.Sequential(mine()))
+    foreign = torch.nn.Linear(2, 2)
+    foreign.A_log = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match=r"unsupported mixer family: Linear"):
+        mp.attach(torch.nn.Sequential(foreign))
 
 
 def test_layers_of_different_sizes_are_listed(build):
@@ -244,6 +339,8 @@ def test_repr_reads_well(probe, model):
 
 def test_weights_are_the_modules_own(probe, model):
     weights = probe.weights()
+    with pytest.raises(ValueError, match="holds weights, not a trace"):
+        validate(weights)
     mixer = model.backbone.layers[1].mixer
     one = weights.sel(layer=1)
     key = "conv" if weights.attrs["family"] == "mamba" else "conv_x"

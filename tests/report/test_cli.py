@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import mamba_probe as mp
 from mamba_probe.cli import app
 from mamba_probe.trace import open_dataset
 
+README = str(Path(__file__).parents[2] / "README.md")
 RESULTS = ("recall_circuit", "memory_horizon", "wavelet_alignment")
 
 
@@ -135,6 +137,28 @@ def test_record_and_analyze_are_the_steps_of_report(task_report, tmp_path):
     assert call("analyze", "recall_circuit", tmp_path / "run", "-o", tmp_path / "results").exit_code == 2
 
 
+def test_overwriting_leaves_nothing_of_an_earlier_run(task_report, text_model, tmp_path):
+    out = tmp_path / "run"
+    options = ("--task", "mqar", "--rows", 2, "--length", 16, "--n-pairs", 2)
+    assert call("record", "zoo:mqar-mamba1", *options, "-o", out).exit_code == 0
+    assert (out / "twin.zarr").exists()
+    (tmp_path / "n.txt").write_text("the cat sat on the mat. " * 4)
+    done = call("record", text_model, "--text", tmp_path / "n.txt", "--length", 40, "-o", out, "--overwrite")
+    assert done.exit_code == 0, done.output
+    assert sorted(path.name for path in out.iterdir()) == ["parity.nc", "trace.zarr", "weights.nc"]
+    trace = mp.open_trace(out / "trace.zarr")
+    assert trace.attrs["tokens_left_out"] == 0
+    assert trace["valid"].sum("token").values.tolist() == [40, 40, 16]
+
+
+def test_a_last_row_too_short_to_measure_is_left_out_and_said_to_be(text_model, tmp_path):
+    (tmp_path / "n.txt").write_text("a" * 42)
+    out = tmp_path / "report"
+    done = call("report", text_model, "--text", tmp_path / "n.txt", "--length", 40, "-o", out)
+    assert done.exit_code == 0, done.output
+    assert "2 tokens of the file left out" in (out / "report.html").read_text()
+
+
 def test_zoo_doctor_version_and_help():
     assert "zoo:mqar-mamba1" in call("zoo").stdout
     doctor = call("doctor").stdout
@@ -159,6 +183,9 @@ def test_zoo_doctor_version_and_help():
         (["report", "absent/folder/here", "--task", "mqar"], "no such directory"),
         (["report", "zoo:mqar-mamba1", "--task", "copy"], "copy"),
         (["report", "zoo:mqar-mamba1", "--text", "absent.txt"], "no text file at absent.txt"),
+        (["report", "zoo:mqar-mamba1", "--text", README], "zoo:mqar-mamba1 has no tokenizer"),
+        (["report", "zoo:mqar-mamba1", "--text", README, "--task", "mqar"], "got both"),
+        (["report", "zoo:mqar-mamba1", "--task", "mqar", "--n-pairs", "1"], "n_pairs is at least 2"),
         (["report", "zoo:mqar-mamba1", "--task", "mqar", "--length", "8"], "length"),
         (["report", "zoo:mqar-mamba1", "--task", "mqar", "--backend", "triton"], "triton"),
         (["analyze", "recal", "absent"], "holds no run"),
@@ -187,4 +214,4 @@ def test_a_bare_mixer_cannot_be_fed_a_task(tmp_path):
 
 def test_attributes_of_a_store_are_json(task_report):
     store = json.loads((task_report[0] / "trace.zarr" / "zarr.json").read_text())
-    assert json.loads(store["attributes"]["task_params"])["n_pairs"] == 4
+    assert json.loads(json.loads(store["attributes"]["task_params"]))["n_pairs"] == 4

@@ -49,12 +49,33 @@ def test_a_layer_that_forgets_nothing_is_said_to():
 
 def test_a_known_horizon_is_stated_with_its_equivalent():
     said = finding("memory_horizon", memory_horizon.measure(make_trace([[0.25] * 64] * 3)))
-    assert "within 4 tokens; with delta at its mean, 4" in said.sentence
+    assert said.sentence == "The median write decays to 1/e after 4 tokens in layer 0 (time-invariant 4)."
     assert said.rows[0].value == "4"
+    assert {row.value for row in said.rows if "gain" in row.what} == {"1"}
     many = finding("memory_horizon", memory_horizon.measure(make_trace([[0.25] * 64] * 3, n_layers=8)))
     assert len(many.rows) == 6 * 3
     one_row = finding("memory_horizon", memory_horizon.measure(make_trace([[0.25] * 64])))
     assert {row.interval for row in one_row.rows} == {""}
+
+
+def test_a_censored_median_is_a_bound_and_each_layer_speaks_for_itself():
+    trace = make_trace([[0.001] * 64] * 3, n_layers=2)
+    trace["A"][1] = -300.0
+    result = memory_horizon.measure(trace)
+    said = finding("memory_horizon", result)
+    assert "after 4 tokens in layer 3 (time-invariant 4) and at least 32 tokens in layer 0" in said.sentence
+    shares = {row.what: row.value for row in said.rows if "beyond" in row.what}
+    assert shares["layer 0: horizons beyond the recording"] == "100%"
+    assert shares["layer 3: horizons beyond the recording"] != "100%"
+
+
+def test_a_dead_layer_is_named_beside_a_live_one():
+    trace = make_trace([[0.05] * 32] * 2, n_layers=2)
+    trace["C"][1] = 0.0
+    said = finding("wavelet_alignment", wavelet_alignment.measure(trace))
+    assert "in layer 0" in said.sentence
+    assert "1 layer(s) have no kernel with energy" in said.sentence
+    assert "one single token scores 0.707" in said.sentence
 
 
 def test_kernels_without_energy_are_said_to_be():

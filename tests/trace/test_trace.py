@@ -124,9 +124,25 @@ def test_stores_that_are_missing_taken_or_damaged(tmp_path):
         open_dataset(foreign)
 
 
+def test_a_lazily_open_store_that_was_replaced_is_not_read(tmp_path):
+    """Its arrays would be the other recording's, under this one's labels."""
+    trace = make_trace()
+    path = trace.probe.save(tmp_path / "run.zarr")
+    lazy = mp.open_trace(path)
+    np.testing.assert_array_equal(lazy["delta"], trace["delta"])
+    (trace + 1.0).assign_attrs(trace.attrs).probe.save(path, overwrite=True)
+    with pytest.raises(ValueError, match=r"was replaced or removed since it was opened"):
+        lazy["delta"].load()
+    np.testing.assert_array_equal(mp.open_trace(path)["delta"], trace["delta"] + 1.0)
+    netcdf = trace.probe.save(tmp_path / "run.nc")
+    lazy = mp.open_trace(netcdf)
+    (trace + 1.0).assign_attrs(trace.attrs).probe.save(netcdf, overwrite=True)
+    np.testing.assert_array_equal(lazy["delta"], trace["delta"])
+
+
 def test_a_failing_write_leaves_the_old_store_whole(tmp_path):
     trace = make_trace()
     path = trace.probe.save(tmp_path / "run.zarr")
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="cannot be stored as JSON"):
         trace.assign_attrs(bad=object()).probe.save(path, overwrite=True)
     xr.testing.assert_identical(mp.open_trace(path).load(), trace)

@@ -41,8 +41,8 @@ def measure(
     selectivity gain is the median H over that of the same layer with delta at each row's mean, both in whole tokens and
     censored alike, so that a time-invariant layer has gain 1. A horizon that the recording does not reach is censored:
     it counts as infinite in a quantile, the share of censored ones stands beside, and `*_at_least` holds the same
-    quantile with each censored horizon at the least it can be. Nulls: delta frozen to its mean, and delta shuffled in time.
-    Estimators: ours.
+    quantile with each censored horizon at the least it can be. Nulls: delta frozen to its mean, and delta
+    shuffled in time. Estimators: ours.
 
     Args:
         trace: delta (layer, batch, token, channel or head) and A, with `valid` and `position`; in memory or on dask.

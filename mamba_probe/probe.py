@@ -75,7 +75,6 @@ class Probe(AbstractContextManager["Probe"]):
         if not isinstance(model, nn.Module):
             raise ValueError(f"attach takes a live torch module; got {type(model).__name__}: load it with mp.load(...)")
         self.model = model
-        self._attached = False
         self._parity_error: float | str = "not measured"
         self._adapters = find_mixers(model)
         _check_free_to_attach(self._adapters)
@@ -97,19 +96,17 @@ class Probe(AbstractContextManager["Probe"]):
         except BaseException:
             self.detach()
             raise
-        self._attached = True
 
     @property
     def attached(self) -> bool:
         """Whether the model's scans are ours at this moment."""
-        return self._attached and all(adapter.taken for adapter in self._adapters)
+        return all(adapter.tap is self._taps[adapter.layer] for adapter in self._adapters)
 
     def detach(self) -> None:
         """Restore the model bit for bit. Calling it twice does nothing more."""
-        if self._attached:
-            for adapter in self._adapters:
+        for adapter in self._adapters:
+            if adapter.tap is self._taps[adapter.layer]:
                 adapter.release()
-        self._attached = False
 
     def __exit__(self, *_exception: object) -> None:
         self.detach()
@@ -387,11 +384,10 @@ def _backend(device: torch.device, asked: str) -> tuple[str, str]:
 def _check_free_to_attach(adapters: list[MixerAdapter]) -> None:
     for adapter in adapters:
         if "forward" in adapter.mixer.__dict__:
-            raise ValueError(
-                f"{adapter.name or 'the mixer'} already has a forward of its own: "
-                + ("a probe is attached. Detach it first: leave its `with` block, or mp.detach(model)."
-                   if adapter.taken else "another tool (accelerate?) replaced it; load the model on one device.")
-            )  # fmt: skip
+            ours = "a probe is attached. Detach it first: leave its `with` block, or mp.detach(model)."
+            other = "another tool (accelerate?) replaced it; load the model on one device."
+            why = other if adapter.tap is None else ours
+            raise ValueError(f"{adapter.name or 'the mixer'} already has a forward of its own: {why}")
         for name, parameter in adapter.mixer.named_parameters():
             if parameter.is_meta:
                 raise ValueError(f"layer {adapter.layer}: {name} is on the meta device (not loaded, or offloaded)")

@@ -171,7 +171,12 @@ class Recorder:
                 " the cached state of a MambaMixer then (it starts from zero). Record the whole prompt in one call, or"
                 " continue it token by token."
             )
-        rows = self._blocks[-1] if call.continues and self._blocks else _Rows(batch, self._calls)
+        if call.continues and not self._blocks:
+            raise ValueError(
+                f"layer {call.layer}: this call continues a cached sequence whose beginning was not recorded, so its"
+                " positions and sums are unknown. Open the recording before the prompt runs."
+            )
+        rows = self._blocks[-1] if call.continues else _Rows(batch, self._calls)
         if rows.batch != batch:
             raise ValueError(
                 f"a call with {batch} rows continues a recording of {rows.batch}: rows were dropped or repeated"

@@ -80,13 +80,13 @@ class MixerAdapter(ABC):
         self.mixer.forward = MethodType(_tapped(bound, tap), self.mixer)
 
     @property
-    def taken(self) -> bool:
-        """Whether a tap of ours stands in the mixer."""
-        return getattr(self.mixer.__dict__.get("forward"), "__name__", "") == _tapped.__name__
+    def tap(self) -> Tap | None:
+        """The tap that stands in the mixer, of whichever probe."""
+        return getattr(self.mixer.__dict__.get("forward"), "tap", None)
 
     def release(self) -> None:
         """Restore the library's own forward; a mixer that is not taken stays as it is."""
-        if self.taken:
+        if self.tap is not None:
             del self.mixer.forward
 
 
@@ -108,7 +108,7 @@ def _tapped(forward: FunctionType, tap: Tap) -> Callable[..., Tensor]:
         finally:
             tap.call = None
 
-    probed_forward.__name__ = _tapped.__name__
+    probed_forward.tap = tap  # type: ignore[attr-defined]
     return probed_forward
 
 

@@ -54,7 +54,7 @@ class Mamba2Adapter(MixerAdapter):
         self.mixer.norm.register_forward_pre_hook(at_norm)
 
     def release(self) -> None:
-        if self.taken:
+        if self.tap is not None:
             hooks = self.mixer.norm._forward_pre_hooks
             for key in [key for key, hook in hooks.items() if hook.__module__ == __name__]:
                 del hooks[key]

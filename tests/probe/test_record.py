@@ -235,6 +235,13 @@ def test_continuing_a_cached_sequence_by_several_tokens(probe, model):
     np.testing.assert_allclose(recorder.dataset["h"], whole["h"], rtol=1e-4, atol=1e-5)
 
 
+def test_a_sequence_whose_beginning_was_not_recorded_is_refused(probe, model):
+    with torch.no_grad():
+        cache = model(IDS[:, :8], use_cache=True).cache_params
+        with probe.recording(), pytest.raises(ValueError, match=r"whose beginning was not recorded"):
+            model(IDS[:, 8:9], cache_params=cache)
+
+
 def test_a_lost_or_copied_probe_can_be_taken_off(model):
     with torch.no_grad():
         native = model(IDS).logits
@@ -249,6 +256,11 @@ def test_a_lost_or_copied_probe_can_be_taken_off(model):
         assert not [m for m in one.modules() if m._forward_pre_hooks]
     with mp.attach(copied) as probe:
         assert probe.attached
+    first = mp.attach(model)
+    mp.detach(model)
+    with mp.attach(model) as second:
+        first.detach()
+        assert (first.attached, second.attached) == (False, True), "a probe takes off no other"
 
 
 def test_a_plain_netcdf_takes_a_trace_too(probe, tmp_path):

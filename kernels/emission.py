@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Inexact
 from torch import Tensor
 
 __all__ = ["EMITTABLE", "Emission", "Emit"]
@@ -70,15 +70,16 @@ class Emission:
     """What a scan emitted; None where it was not asked for. The token and head axes hold the selection only.
 
     delta, A_bar, B_bar, h and y have the scan's compute dtype (float32, or float64 for float64 inputs), B and C
-    that of the inputs. A_bar has no state axis where A has none (Mamba-2). y includes D x and is before the gate.
+    that of the inputs; with complex A, A_bar, B_bar, B, C and h are complex. A_bar has no state axis where A has none
+    (Mamba-2). Constant B and C are repeated at every token. y includes D x and is before the gate.
     """
 
     delta: Float[Tensor, "batch token head"] | None = None
-    A_bar: Float[Tensor, "batch token head *state"] | None = None
-    B_bar: Float[Tensor, "batch token head state"] | None = None
-    B: Float[Tensor, "batch token group state"] | None = None
-    C: Float[Tensor, "batch token group state"] | None = None
-    h: Float[Tensor, "batch token head head_channel state"] | None = None
+    A_bar: Inexact[Tensor, "batch token head *state"] | None = None
+    B_bar: Inexact[Tensor, "batch token head state"] | None = None
+    B: Inexact[Tensor, "batch token group state"] | None = None
+    C: Inexact[Tensor, "batch token group state"] | None = None
+    h: Inexact[Tensor, "batch token head head_channel state"] | None = None
     y: Float[Tensor, "batch token head head_channel"] | None = None
     delta_cumsum: Float64[Tensor, "batch token head"] | None = None
 

@@ -7,11 +7,11 @@ from math import inf
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Inexact, Int
 from torch import Tensor
 
 from mamba_probe.kernels.emission import EMITTABLE, Emission, Emit
-from mamba_probe.kernels.scan.arguments import DISCRETIZATIONS, check
+from mamba_probe.kernels.scan.arguments import check
 
 __all__ = [
     "BACKENDS",
@@ -32,7 +32,7 @@ class ScanResult(NamedTuple):
     """y (batch, token, head, head_channel), gated when z was given; last_state; what was emitted."""
 
     y: Float[Tensor, "batch token head head_channel"]
-    last_state: Float[Tensor, "batch head head_channel state"]
+    last_state: Inexact[Tensor, "batch head head_channel state"]
     emission: Emission
 
 
@@ -58,18 +58,18 @@ def choose_backend(device: torch.device | str) -> Choice:
 def selective_scan(
     x: Float[Tensor, "batch token head head_channel"],
     delta: Float[Tensor, "batch token head"],
-    A: Float[Tensor, " head *state"],
-    B: Float[Tensor, "batch token group state"],
-    C: Float[Tensor, "batch token group state"],
+    A: Inexact[Tensor, " head *state"],
+    B: Inexact[Tensor, "*batch_token group state"],
+    C: Inexact[Tensor, "*batch_token group state"],
     D: Float[Tensor, " head *head_channel"] | None = None,
     z: Float[Tensor, "batch token head head_channel"] | None = None,
     *,
     delta_bias: Float[Tensor, " head"] | None = None,
     delta_softplus: bool = False,
     delta_limits: tuple[float, float] = (0.0, inf),
-    initial_state: Float[Tensor, "batch head head_channel state"] | None = None,
-    seq_idx: Tensor | None = None,
-    log_decay: Tensor | None = None,
+    initial_state: Inexact[Tensor, "batch head head_channel state"] | None = None,
+    seq_idx: Int[Tensor, "batch token"] | None = None,
+    log_decay: Inexact[Tensor, "batch token head *state"] | None = None,
     discretization: str = "euler",
     emit: Emit | None = None,
     backend: str = "auto",
@@ -77,37 +77,43 @@ def selective_scan(
     """Run the recurrence over all tokens and emit what was asked for.
 
     delta = clamp(softplus(delta + bias)), h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t, y_t = C_t h_t + D x_t,
-    times silu(z_t) when z is given. Source: arXiv 2312.00752 and 2405.21060, in the Euler form their code executes.
+    times silu(z_t) when z is given. With "zoh" the write is delta_t phi1(delta_t A) B_t x_t, phi1(z) = (exp(z) - 1)/z.
+    A complex state stands for its conjugate pair: y_t = 2 Re(C_t h_t) + D x_t.
+    Source: arXiv 2312.00752 and 2405.21060, in the Euler form their code executes; complex A and zoh: 2206.11893.
 
     Args:
         x: input. Mamba-1: head is the channel, head_channel is 1.
         delta: raw step size, before bias, softplus and limits.
-        A: continuous-time state matrix, (head, state) or (head,); real.
-        B, C: input and output matrices; head i uses group i // (head / group).
+        A: continuous-time state matrix, (head, state) or (head,); complex only with complex B, C and initial_state.
+        B, C: input and output matrices, (group, state) when constant; head i uses group i // (head / group).
         D: skip, (head,) or (head, head_channel).
         z: gate before its SiLU.
         delta_bias: added to delta first.
         delta_softplus: whether softplus (identity above 20) follows.
         delta_limits: clamp that comes last.
         initial_state: state before the first token, zero when None.
-        seq_idx, log_decay: not supported yet, must be None.
-        discretization: "euler".
+        seq_idx: sequences packed into one row, int32 or int64: the state is forgotten where it changes from one token
+            to the next. The first token changes from nothing: it keeps initial_state.
+        log_decay: what replaces delta A in the decay, not in the write: (batch, token, head, state) where A is
+            (head, state), (batch, token, head) where A is (head,); complex where A is.
+        discretization: of the write: "euler" or "zoh".
         emit: what to emit, nothing when None.
         backend: "auto" (see `choose_backend`), "naive", "cpu" or "triton".
 
     Returns:
-        y in x's dtype, last_state and emission in float32 (float64 when all inputs are), see `Emission`.
+        y in x's dtype, last_state and emission in float32 or complex64 (float64 or complex128 when all inputs are),
+        see `Emission`.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came; for what is not supported yet; for
-            "triton" without a CUDA device or with inputs that require grad.
+        ValueError: naming the argument, what was expected and what came; for "triton" without a CUDA device, with
+            inputs that require grad, or with what it does not support yet (complex A, constant B or C, zoh, seq_idx,
+            log_decay).
 
     >>> one = torch.ones(1, 3, 1, 1)
     >>> result = selective_scan(one, one[..., 0], torch.zeros(1, 1), one, one, emit=Emit(("h",), tokens=[1]))
     >>> result.y.flatten().tolist(), result.emission.h.flatten().tolist()
     ([1.0, 2.0, 3.0], [2.0])
     """
-    _refuse_unsupported(seq_idx, log_decay, discretization)
     arguments = check(
         x,
         delta,
@@ -120,6 +126,9 @@ def selective_scan(
         delta_softplus=delta_softplus,
         delta_limits=delta_limits,
         initial_state=initial_state,
+        seq_idx=seq_idx,
+        log_decay=log_decay,
+        discretization=discretization,
         emit=emit,
     )
     name = choose_backend(x.device).name if backend == "auto" else backend
@@ -149,12 +158,3 @@ def _backend(name: str):
     if name == "triton" and find_spec("triton") is None:
         raise ValueError('backend "triton" needs the triton package, which is not installed: use backend="cpu"')
     return import_module(f"mamba_probe.kernels.scan.{_MODULES[name]}")
-
-
-def _refuse_unsupported(seq_idx: Tensor | None, log_decay: Tensor | None, discretization: str) -> None:
-    for name, value in (("seq_idx", seq_idx), ("log_decay", log_decay)):
-        if value is not None:
-            raise ValueError(f"`{name}` is not supported yet; pass None")
-    if discretization not in DISCRETIZATIONS:
-        known = ", ".join(DISCRETIZATIONS)
-        raise ValueError(f"`discretization` {discretization!r} is not supported yet; known: {known} (B_bar = delta B)")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 import torch
 from torch import Tensor
@@ -11,16 +12,24 @@ from mamba_probe.kernels.emission import Emit
 
 __all__ = ["Arguments", "check"]
 
-DISCRETIZATIONS = ("euler",)
-INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DISCRETIZATIONS = ("euler", "zoh")
+REAL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+COMPLEX_DTYPES = (torch.complex64, torch.complex128)
+DOUBLE_DTYPES = (torch.float64, torch.complex128)
+INDEX_DTYPES = (torch.int32, torch.int64)
+STATE_LIKE = ("A", "B", "C", "initial_state", "log_decay")
+"""All complex or all real."""
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Checked arguments of one scan; shapes as in `selective_scan`.
+    """Checked arguments of one scan; shapes as in `selective_scan`, but for what is brought into one form here.
 
-    x, z, delta, B and C keep the dtype they came in. A, D (head, head_channel), delta_bias and initial_state
-    (zeros when none was given) have the compute `dtype`.
+    x, z, delta, B, C and log_decay keep the dtype they came in. A, D (head, head_channel), delta_bias and
+    initial_state (zeros when none was given) have the compute `dtype`, or its complex counterpart. A is (head, state),
+    or (head, 1) where it came as (head,): `scalar_A`; log_decay is (batch, token, head, state or 1). B and C are
+    (batch, token, group, state); those that came as (group, state) are named in `constant` and take no memory.
+    starts (batch, token, 1, 1) says where seq_idx changes, never at the call's first token.
     """
 
     x: Tensor
@@ -34,8 +43,13 @@ class Arguments:
     delta_softplus: bool
     delta_limits: tuple[float, float]
     initial_state: Tensor
+    starts: Tensor | None
+    log_decay: Tensor | None
+    discretization: str
     emit: Emit
     dtype: torch.dtype
+    scalar_A: bool
+    constant: tuple[str, ...]
 
     @property
     def n_token(self) -> int:
@@ -46,6 +60,10 @@ class Arguments:
     def heads_per_group(self) -> int:
         """Consecutive heads that share one B and C."""
         return self.x.shape[2] // self.B.shape[2]
+
+    def widened(self, tensor: Tensor) -> Tensor:
+        """A real tensor in the compute dtype; a complex one has its complex counterpart already."""
+        return tensor if tensor.is_complex() else tensor.to(self.dtype)
 
     def tensors(self) -> Iterator[Tensor]:
         """All tensors, for questions that concern each of them."""
@@ -65,70 +83,95 @@ def check(
     delta_softplus: bool,
     delta_limits: tuple[float, float],
     initial_state: Tensor | None,
+    seq_idx: Tensor | None,
+    log_decay: Tensor | None,
+    discretization: str,
     emit: Emit | None,
 ) -> Arguments:
     """Arguments that every backend may rely on, or a ValueError that says which one is wrong and why."""
-    given = {"x": x, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
-    given = {name: value for name, value in (given | {"initial_state": initial_state}).items() if value is not None}
+    optional = {"D": D, "z": z, "delta_bias": delta_bias, "initial_state": initial_state}
+    optional |= {"seq_idx": seq_idx, "log_decay": log_decay}
+    given = {"x": x, "delta": delta, "A": A, "B": B, "C": C}
+    given |= {name: value for name, value in optional.items() if value is not None}
     dtype = _compute_dtype(given)
     _check_shapes(given)
-    sizes = x.shape[0], *x.shape[2:], B.shape[3]
-    start = initial_state if initial_state is not None else x.new_zeros(sizes, dtype=dtype)
+    state_dtype = dtype.to_complex() if A.is_complex() else dtype
+    start = initial_state if initial_state is not None else x.new_zeros((), dtype=state_dtype)
     return Arguments(
         x=x,
         delta=delta,
-        A=A.to(dtype),
-        B=B,
-        C=C,
+        A=A.to(state_dtype).reshape(len(A), -1),
+        B=B.expand(*x.shape[:2], -1, -1),
+        C=C.expand(*x.shape[:2], -1, -1),
         D=None if D is None else D.to(dtype).reshape(*D.shape, *[1] * (2 - D.ndim)).expand(x.shape[2:]),
         z=z,
         delta_bias=None if delta_bias is None else delta_bias.to(dtype),
         delta_softplus=bool(delta_softplus),
         delta_limits=_limits(delta_limits),
-        initial_state=start.to(dtype),
+        initial_state=start.to(state_dtype).expand(x.shape[0], *x.shape[2:], B.shape[-1]),
+        starts=None if seq_idx is None else _starts(seq_idx),
+        log_decay=None if log_decay is None else log_decay.reshape(*x.shape[:3], -1),
+        discretization=_known(discretization),
         emit=_checked_emit(emit, n_token=x.shape[1], n_head=x.shape[2]),
         dtype=dtype,
+        scalar_A=A.ndim == 1,
+        constant=tuple(name for name in "BC" if given[name].ndim == 2),
     )
 
 
 def _compute_dtype(given: dict[str, Tensor]) -> torch.dtype:
-    """float64 when every tensor is, else float32; on the way, tensors must be real floats on one device."""
+    """float64 when every tensor is (or complex128), else float32; on the way, the dtypes and devices are checked."""
     device = getattr(given["x"], "device", None)
     for name, value in given.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"`{name}` must be a torch.Tensor; got {type(value).__name__}")
-        if value.is_complex():
-            raise ValueError(f"`{name}` is complex ({value.dtype}): complex A (S4D) is not supported yet, only real A")
-        if value.dtype not in INPUT_DTYPES:
-            raise ValueError(f"`{name}` must be float32, bfloat16, float16 or float64; got {value.dtype}")
+        _check_dtype(name, value, given["A"])
         if value.device != device:
             raise ValueError(f"`{name}` is on {value.device}, `x` on {device}: move them to one device")
-    double = [name for name, value in given.items() if value.dtype == torch.float64]
-    if double and len(double) < len(given):
-        other = ", ".join(name for name in given if name not in double)
+    floats = [name for name in given if name != "seq_idx"]
+    double = [name for name in floats if given[name].dtype in DOUBLE_DTYPES]
+    if double and len(double) < len(floats):
+        other = ", ".join(name for name in floats if name not in double)
         raise ValueError(f"float64 is all or none: {', '.join(double)} are float64, {other} are not")
     return torch.float64 if double else torch.float32
 
 
+def _check_dtype(name: str, value: Tensor, A: Tensor) -> None:
+    if name == "seq_idx":
+        if value.dtype not in INDEX_DTYPES:
+            raise ValueError(f"`seq_idx` must be int32 or int64, one number a sequence; got {value.dtype}")
+    elif value.is_complex() and name not in STATE_LIKE:
+        raise ValueError(f"`{name}` must be real; got {value.dtype}: only {', '.join(STATE_LIKE)} may be complex")
+    elif value.dtype not in REAL_DTYPES + COMPLEX_DTYPES:
+        raise ValueError(
+            f"`{name}` must be float32, bfloat16, float16 or float64, or complex64 or complex128 (S4D); "
+            f"got {value.dtype}"
+        )
+    elif name in STATE_LIKE and isinstance(A, Tensor) and value.is_complex() != A.is_complex():
+        raise ValueError(
+            f"`{name}` is {value.dtype}, `A` {A.dtype}: {', '.join(STATE_LIKE)} are all complex (S4D) or all real"
+        )
+
+
 def _check_shapes(given: dict[str, Tensor]) -> None:
-    """Bind each axis name at its first sight (x, delta, A, B, ...) and hold the later tensors to it."""
+    """Bind each axis name at its first sight (x, delta, B, C, A, ...) and hold the later tensors to it."""
     sizes: dict[str, int] = {}
     _match("x", given["x"], ("batch", "token", "head", "head_channel"), sizes)
     if not sizes["token"]:
         raise ValueError(f"`x` has no token: the sequence is empty, shape {tuple(given['x'].shape)}")
     _match("delta", given["delta"], ("batch", "token", "head"), sizes)
     for name in "BC":
-        if given[name].ndim == 2:
-            raise ValueError(f"`{name}` is constant, (group, state): not supported yet; give it per token")
-        _match(name, given[name], ("batch", "token", "group", "state"), sizes)
-    _match("A", given["A"], ("head", "state")[: max(1, given["A"].ndim)], sizes)
-    if given["A"].ndim > 2:
-        raise ValueError(f"`A` must be (head, state) or (head,); got shape {tuple(given['A'].shape)}")
+        constant = given[name].ndim == 2
+        _match(name, given[name], ("group", "state") if constant else ("batch", "token", "group", "state"), sizes)
+    of_A = ("head", "state")[: max(1, given["A"].ndim)]
+    _match("A", given["A"], of_A, sizes)
     optional = {
         "D": ("head", "head_channel")[: max(1, given["D"].ndim)] if "D" in given else (),
         "z": ("batch", "token", "head", "head_channel"),
         "delta_bias": ("head",),
         "initial_state": ("batch", "head", "head_channel", "state"),
+        "seq_idx": ("batch", "token"),
+        "log_decay": ("batch", "token", *of_A),
     }
     for name, axes in optional.items():
         if name in given:
@@ -149,6 +192,21 @@ def _match(name: str, value: Tensor, axes: tuple[str, ...], sizes: dict[str, int
     if not right:
         raise ValueError(f"`{name}` must have shape ({expected}); got {tuple(value.shape)}")
     sizes.update(zip(axes, value.shape, strict=True))
+
+
+def _starts(seq_idx: Tensor) -> Tensor:
+    """Where a token belongs to another sequence than the token before it."""
+    changes = torch.zeros_like(seq_idx, dtype=torch.bool)
+    changes[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    return changes[..., None, None]
+
+
+def _known(discretization: str) -> str:
+    if discretization not in DISCRETIZATIONS:
+        near = get_close_matches(str(discretization), DISCRETIZATIONS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"unknown `discretization` {discretization!r}{hint} Known: {', '.join(DISCRETIZATIONS)}")
+    return discretization
 
 
 def _limits(limits: tuple[float, float]) -> tuple[float, float]:

@@ -1,8 +1,8 @@
 """The selective scan in blocks of tokens with plain torch: no compiler, differentiable, on any device of torch.
 
-A (head, state): exp over a whole block at once, then one multiply-add a token. A (head,): matrix products within
-a chunk, decays from segment sums (Dao & Gu 2024, arXiv 2405.21060, section 6); never from differences of
-cumulative sums, which lose 4.8e-4 .. 2.2e-3 after a large delta.
+Real A (head,): matrix products within a chunk, decays from segment sums (Dao & Gu 2024, arXiv 2405.21060, section 6);
+never from differences of cumulative sums, which lose 4.8e-4 .. 2.2e-3 after a large delta. Any other A: exp over a
+whole block at once, then one multiply-add a token. In both, the log of A_bar is -inf where a sequence starts.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mamba_probe.kernels.emission import Emission
 from mamba_probe.kernels.scan.arguments import Arguments
-from mamba_probe.kernels.scan.naive import step_size
+from mamba_probe.kernels.scan.naive import decay_exponent, read_out, step_size, write_scale
 
 __all__ = ["BLOCK_BYTES", "scan"]
 
@@ -29,12 +29,15 @@ Step = tuple[Tensor, Tensor, Callable[[slice | list[int]], Tensor]]
 def scan(a: Arguments) -> tuple[Tensor, Tensor, Emission]:
     """Outputs (batch, token, head, head_channel) in x's dtype, last state, emission."""
     delta = step_size(a.delta.to(a.dtype), a)
-    step, length = (_blocked, _block_length(a)) if a.A.ndim == 2 else (_chunked, _chunk_length(a))
+    chunks = a.scalar_A and not a.A.is_complex()
+    step, length = (_chunked, _chunk_length(a)) if chunks else (_blocked, _block_length(a))
     h, outputs, kept = a.initial_state, [], {name: [] for name in ("h", "y") if name in a.emit.variables}
     for start in range(0, a.n_token, length):
         span = slice(start, start + length)
-        x, B, C = (tensor[:, span].to(a.dtype) for tensor in (a.x, a.B, a.C))
-        y, h, states = step(h, x, delta[:, span], B, C, a)
+        x, B, C = (a.widened(tensor[:, span]) for tensor in (a.x, a.B, a.C))
+        log_decay = None if a.log_decay is None else a.widened(a.log_decay[:, span])
+        exponent = decay_exponent(delta[:, span], a.A, log_decay, None if a.starts is None else a.starts[:, span])
+        y, h, states = step(h, x, exponent, write_scale(delta[:, span], a.A, a.discretization), B, C)
         y = y if a.D is None else y + a.D * x
         if "h" in kept:
             kept["h"].append(a.emit.heads_of(states(a.emit.positions(start, start + length)), 2))
@@ -45,26 +48,26 @@ def scan(a: Arguments) -> tuple[Tensor, Tensor, Emission]:
     return torch.cat(outputs, dim=1), h, Emission(**emission)
 
 
-def _blocked(h: Tensor, x: Tensor, delta: Tensor, B: Tensor, C: Tensor, a: Arguments) -> Step:
-    """One block with A (head, state)."""
-    B, C = (_per_head(tensor, a)[:, :, :, None] for tensor in (B, C))
-    A_bar = torch.exp(delta[..., None] * a.A)[:, :, :, None]
-    write = (delta[..., None] * x)[..., None] * B
+def _blocked(h: Tensor, x: Tensor, exponent: Tensor, scale: Tensor, B: Tensor, C: Tensor) -> Step:
+    """One block with any A."""
+    B, C = (_per_head(tensor, x.shape[2])[:, :, :, None] for tensor in (B, C))
+    A_bar = torch.exp(exponent)[:, :, :, None]
+    write = scale[:, :, :, None] * x[..., None] * B
     states = []
     for decay, wrote in zip(A_bar.unbind(1), write.unbind(1), strict=True):
         h = torch.addcmul(wrote, decay, h)
         states.append(h)
     block = torch.stack(states, dim=1)
-    return (block * C).sum(-1), h, lambda chosen: block[:, chosen]
+    return read_out((block * C).sum(-1)), h, lambda chosen: block[:, chosen]
 
 
-def _chunked(h: Tensor, x: Tensor, delta: Tensor, B: Tensor, C: Tensor, a: Arguments) -> Step:
-    """One chunk with A (head,): heads as (g group, r head of the group), tokens l (to) and s (from)."""
+def _chunked(h: Tensor, x: Tensor, exponent: Tensor, scale: Tensor, B: Tensor, C: Tensor) -> Step:
+    """One chunk with real A (head,): heads as (g group, r head of the group), tokens l (to) and s (from)."""
     n_group = B.shape[2]
-    log_decay, write = ((delta * a.A).unflatten(2, (n_group, -1)), (delta[..., None] * x).unflatten(2, (n_group, -1)))
+    exponent, write = exponent[..., 0].unflatten(2, (n_group, -1)), (scale * x).unflatten(2, (n_group, -1))
     h = h.unflatten(1, (n_group, -1))
-    since_start = torch.exp(log_decay.cumsum(1))
-    decay = torch.exp(_segment_sum(log_decay.movedim(1, -1)))
+    since_start = torch.exp(exponent.cumsum(1))
+    decay = torch.exp(_segment_sum(exponent.movedim(1, -1)))
     scores = torch.einsum("blgn,bsgn->bgls", C, B)[:, :, None] * decay
     y = torch.einsum("bgrls,bsgrp->blgrp", scores, write)
     y = y + torch.einsum("blgn,bgrpn->blgrp", C, h) * since_start[..., None]
@@ -90,10 +93,16 @@ def _stateless(a: Arguments, delta: Tensor) -> dict[str, Tensor]:
     chosen = a.emit.heads_of(a.emit.tokens_of(delta), 2)
     A = a.emit.heads_of(a.A, 0)
     group = [head // a.heads_per_group for head in a.emit.channels or range(a.A.shape[0])]
+
+    def A_bar() -> Tensor:
+        given = None if a.log_decay is None else a.widened(a.emit.heads_of(a.emit.tokens_of(a.log_decay), 2))
+        A_bar = torch.exp(decay_exponent(chosen, A, given, None if a.starts is None else a.emit.tokens_of(a.starts)))
+        return A_bar[..., 0] if a.scalar_A else A_bar
+
     makers = {
         "delta": lambda: chosen.clone(),
-        "A_bar": lambda: torch.exp((chosen if A.ndim == 1 else chosen[..., None]) * A),
-        "B_bar": lambda: chosen[..., None] * a.emit.tokens_of(a.B).to(a.dtype)[:, :, group],
+        "A_bar": A_bar,
+        "B_bar": lambda: write_scale(chosen, A, a.discretization) * a.widened(a.emit.tokens_of(a.B))[:, :, group],
         "B": lambda: a.emit.tokens_of(a.B).clone(),
         "C": lambda: a.emit.tokens_of(a.C).clone(),
         "delta_cumsum": lambda: a.emit.tokens_of(a.emit.heads_of(delta, 2).cumsum(1, dtype=torch.float64)),
@@ -101,14 +110,16 @@ def _stateless(a: Arguments, delta: Tensor) -> dict[str, Tensor]:
     return {name: make() for name, make in makers.items() if name in a.emit.variables}
 
 
-def _per_head(tensor: Tensor, a: Arguments) -> Tensor:
+def _per_head(tensor: Tensor, n_head: int) -> Tensor:
     """(batch, token, group, state) -> its head axis, left at 1 where one group serves all."""
-    return tensor if tensor.shape[2] == 1 else tensor.repeat_interleave(a.heads_per_group, dim=2)
+    n_group = tensor.shape[2]
+    return tensor if n_group == 1 else tensor.repeat_interleave(n_head // n_group, dim=2)
 
 
 def _block_length(a: Arguments) -> int:
-    """Tokens whose A_bar, write, states and y's products, four tensors of a state's size, fit BLOCK_BYTES."""
-    return max(1, BLOCK_BYTES // (4 * a.initial_state.numel() * a.dtype.itemsize))
+    """Tokens whose A_bar, write, states and y's products (zoh: and phi1's four), all state-sized, fit BLOCK_BYTES."""
+    n_tensor = 4 if a.discretization == "euler" else 8
+    return max(1, BLOCK_BYTES // (n_tensor * a.initial_state.numel() * a.initial_state.itemsize))
 
 
 def _chunk_length(a: Arguments) -> int:

@@ -172,7 +172,7 @@ def scan(a: Arguments) -> tuple[Tensor, Tensor, Emission]:
             N=state,
             BLOCK_R=block_r,
             BLOCK_N=block_n,
-            SCALAR_A=a.A.ndim == 1,
+            SCALAR_A=a.scalar_A,
             SOFTPLUS=a.delta_softplus,
             LOW=a.delta_limits[0],
             HIGH=a.delta_limits[1],
@@ -193,6 +193,15 @@ def check_device(device: torch.device) -> None:
 
 
 def _check_arguments(a: Arguments) -> None:
+    asked = {
+        "complex A": a.A.is_complex(),
+        **{f"constant {name}": name in a.constant for name in "BC"},
+        'discretization "zoh"': a.discretization == "zoh",
+        "seq_idx": a.starts is not None,
+        "log_decay": a.log_decay is not None,
+    }
+    if lacking := [name for name, value in asked.items() if value]:
+        raise ValueError(f'backend "triton" does not support {", ".join(lacking)} yet: use backend="cpu"')
     check_device(a.x.device)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in a.tensors()):
         raise ValueError(
@@ -209,7 +218,7 @@ def _buffers(a: Arguments) -> dict[str, Tensor]:
     tails = {
         "delta": (),
         "delta_cumsum": (),
-        "A_bar": a.A.shape[1:],
+        "A_bar": () if a.scalar_A else (state,),
         "B_bar": (state,),
         "h": (head_channel, state),
         "y": (head_channel,),

@@ -3,13 +3,16 @@
 Symbols of one token t, for head i of group g(i) = i // (head / group), channel p and state n:
 
     delta_t (head)              clamp(softplus(delta + bias), limits)
-    A_bar_t (head, state)       exp(delta_t A)
-    B_bar_t (head, state)       delta_t B_t                      Euler, as Mamba's own kernels execute it
+    A_bar_t (head, state)       exp(delta_t A), or exp(log_decay_t) where given; 0 where a new sequence starts
+    B_bar_t (head, state)       delta_t B_t                      "euler", as Mamba's own kernels execute it
+                                delta_t phi1(delta_t A) B_t      "zoh", phi1(z) = (exp(z) - 1) / z, exact for constant x
     h_t     (head, p, state)    A_bar_t h_{t-1} + B_bar_t x_t
-    y_t     (head, p)           sum_n C_t h_t + D x_t
+    y_t     (head, p)           sum_n C_t h_t + D x_t            complex h: sum_n 2 Re(C_t h_t) + D x_t
     out_t   (head, p)           y_t silu(z_t), or y_t without z
 
-Source: Gu & Dao 2023, "Mamba", arXiv 2312.00752 (recurrence); Dao & Gu 2024, arXiv 2405.21060 (A a scalar a head).
+Source: Gu & Dao 2023, "Mamba", arXiv 2312.00752 (recurrence); Dao & Gu 2024, arXiv 2405.21060 (A a scalar a head);
+Gu et al. 2022, "On the parameterization and initialization of diagonal state space models", arXiv 2206.11893 (S4D:
+complex A, constant B and C, zoh).
 """
 
 import torch
@@ -19,7 +22,7 @@ from torch import Tensor
 from mamba_probe.kernels.emission import Emission
 from mamba_probe.kernels.scan.arguments import Arguments
 
-__all__ = ["scan", "step_size"]
+__all__ = ["decay_exponent", "phi1", "read_out", "scan", "step_size", "write_scale"]
 
 
 def scan(a: Arguments) -> tuple[Tensor, Tensor, Emission]:
@@ -32,15 +35,16 @@ def scan(a: Arguments) -> tuple[Tensor, Tensor, Emission]:
         x, B, C = (_at(tensor, t, a) for tensor in (a.x, a.B, a.C))
         B, C = (tensor.repeat_interleave(a.heads_per_group, 1) for tensor in (B, C))
         delta = step_size(_at(a.delta, t, a), a)
-        A_bar = torch.exp(delta[..., None] * (a.A if a.A.ndim == 2 else a.A[:, None]))
-        B_bar = delta[..., None] * B
+        log_decay = None if a.log_decay is None else _at(a.log_decay, t, a)
+        A_bar = torch.exp(decay_exponent(delta, a.A, log_decay, None if a.starts is None else a.starts[:, t]))
+        B_bar = write_scale(delta, a.A, a.discretization) * B
         h = A_bar[:, :, None] * h + B_bar[:, :, None] * x[..., None]
-        y = (C[:, :, None] * h).sum(-1)
+        y = read_out((C[:, :, None] * h).sum(-1))
         y = y if a.D is None else y + a.D * x
         outputs.append((y if a.z is None else y * F.silu(_at(a.z, t, a))).to(a.x.dtype))
         delta_cumsum = delta_cumsum + delta.double()
         if t in tokens:
-            A_bar = A_bar if a.A.ndim == 2 else A_bar[..., 0]
+            A_bar = A_bar[..., 0] if a.scalar_A else A_bar
             kept.append({"delta": delta, "A_bar": A_bar, "B_bar": B_bar, "h": h, "y": y, "delta_cumsum": delta_cumsum})
             kept[-1] = {name: a.emit.heads_of(kept[-1][name], 1) for name in a.emit.variables if name in kept[-1]}
     emission = {name: torch.stack([step[name] for step in kept], dim=1) for name in kept[0]}
@@ -55,6 +59,39 @@ def step_size(delta: Tensor, a: Arguments) -> Tensor:
     return torch.clamp(delta, *a.delta_limits)
 
 
+def decay_exponent(delta: Tensor, A: Tensor, log_decay: Tensor | None, starts: Tensor | None) -> Tensor:
+    """log A_bar (..., head, state or 1): delta A or what replaces it, and -inf where a new sequence starts."""
+    exponent = delta[..., None] * A if log_decay is None else log_decay
+    return exponent if starts is None else exponent.masked_fill(starts, -torch.inf)
+
+
+def write_scale(delta: Tensor, A: Tensor, discretization: str) -> Tensor:
+    """B_bar / B (..., head, state or 1): delta ("euler") or delta phi1(delta A) ("zoh")."""
+    delta = delta[..., None]
+    return delta if discretization == "euler" else delta * phi1(delta * A)
+
+
+def phi1(z: Tensor) -> Tensor:
+    """(exp(z) - 1) / z, and 1 at 0, for real or complex z.
+
+    Near 0 its series, sum of z^k / (k + 1)!, so that the derivative (1/2 at 0) keeps its digits too.
+
+    >>> phi1(torch.tensor([0.0, 1e-6, -2.0], dtype=torch.float64)).tolist()
+    [1.0, 1.0000005000001666, 0.43233235838169365]
+    """
+    near = z.abs() < 0.5
+    small, large = z.masked_fill(~near, 0.0), z.masked_fill(near, 1.0)
+    series = torch.ones_like(z)
+    for k in range(16, 1, -1):
+        series = 1 + small / k * series
+    return torch.where(near, series, (torch.exp(large) - 1) / large)
+
+
+def read_out(sums: Tensor) -> Tensor:
+    """Sums of C h over the states -> real outputs: a complex state stands for itself and its conjugate."""
+    return 2 * sums.real if sums.is_complex() else sums
+
+
 def _at(tensor: Tensor, t: int, a: Arguments) -> Tensor:
     """Token t in the compute dtype; contiguous, so that the bits do not depend on the strides of the whole."""
-    return tensor[:, t].to(a.dtype).contiguous()
+    return a.widened(tensor[:, t]).contiguous()

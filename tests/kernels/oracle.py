@@ -1,6 +1,7 @@
 """The scan in closed form, in float64 numpy, without a recurrence; and the error bound that all backends are held to.
 
-h_t = exp(A cum_t) h_0 + sum over s <= t of exp(A (cum_t - cum_s)) delta_s B_s x_s, cum the cumulative delta.
+h_t = exp(L_t) h_0 + sum over s <= t of exp(L_t - L_s) B_bar_s x_s, L_t the sum of delta A (or log_decay) up to t,
+the sum over tokens s of t's own sequence only, and h_0 reaching the first sequence only.
 """
 
 import math
@@ -11,6 +12,8 @@ import torch
 EMITTED = ("delta", "A_bar", "B_bar", "B", "C", "h", "y", "delta_cumsum")
 SHAPES = {"mamba": (6, 1, 5, False), "mamba2": (4, 3, 5, True), "mamba_heads": (4, 3, 5, False)}
 """head, head_channel, state, whether A is one scalar a head."""
+STATE_LIKE = ("A", "B", "C", "initial_state", "log_decay")
+FEATURES = ("complex", "constant", "zoh", "seq_idx", "log_decay")
 
 
 def draw(family, batch, token, group=1, *, seed=0, device="cpu", shape=None):
@@ -36,37 +39,85 @@ def draw(family, batch, token, group=1, *, seed=0, device="cpu", shape=None):
     }
 
 
+def featured(arguments, features, *, seed=1):
+    """Arguments of `draw`, changed so that they use the named `FEATURES`."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, token = arguments["x"].shape[:2]
+    changed = dict(arguments)
+    if "log_decay" in features:
+        shape = batch, token, *arguments["A"].shape
+        changed["log_decay"] = -torch.exp(torch.randn(shape, generator=generator) - 2)
+    if "complex" in features:
+        for name in set(STATE_LIKE) & set(changed):
+            imaginary = torch.randn(changed[name].shape, generator=generator)
+            changed[name] = torch.complex(changed[name], imaginary)
+    if "constant" in features:
+        changed |= {name: changed[name][0, 0] for name in "BC"}
+    if "seq_idx" in features:
+        starts = torch.rand(batch, token, generator=generator) < 0.15
+        changed["seq_idx"] = starts.cumsum(1) % 2 + 5  # a number may come back: only changes count
+    return changed | ({"discretization": "zoh"} if "zoh" in features else {})
+
+
 def cast(arguments, dtype, names=None):
-    """Arguments with their tensors (or those in `names`) in `dtype`."""
-    chosen = {name for name, value in arguments.items() if isinstance(value, torch.Tensor)} & set(names or arguments)
-    return {name: value.to(dtype) if name in chosen else value for name, value in arguments.items()}
+    """Arguments with their floating tensors (or those in `names`) in `dtype`, complex ones in its counterpart."""
+    real = {name for name, value in arguments.items() if isinstance(value, torch.Tensor) and name != "seq_idx"}
+    real &= set(names or arguments)
+    paired = {name for name in real if arguments[name].is_complex()}
+    return {
+        name: value.to(dtype.to_complex() if name in paired else dtype) if name in real else value
+        for name, value in arguments.items()
+    }
+
+
+def doubled(tensor):
+    """In float64 or complex128."""
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def closed_form(x, delta, A, B, C, D=None, z=None, *, delta_bias=None, delta_softplus=False,
-                delta_limits=(0.0, math.inf), initial_state=None):  # fmt: skip
-    """Everything a scan can answer, by name, as float64 tensors."""
-    x, delta, A, B, C = (tensor.double().numpy() for tensor in (x, delta, A, B, C))
+                delta_limits=(0.0, math.inf), initial_state=None, seq_idx=None, log_decay=None,
+                discretization="euler"):  # fmt: skip
+    """Everything a scan can answer, by name, as float64 or complex128 tensors."""
+    x, delta, A, B, C = (doubled(tensor).numpy() for tensor in (x, delta, A, B, C))
+    B, C = (np.broadcast_to(value, (*x.shape[:2], *value.shape[-2:])) for value in (B, C))
     heads = np.arange(x.shape[2]) // (x.shape[2] // B.shape[2])
     delta = delta if delta_bias is None else delta + delta_bias.double().numpy()
     delta = np.where(delta > 20, delta, np.logaddexp(0, delta)) if delta_softplus else delta
     delta = np.minimum(np.maximum(delta, delta_limits[0]), delta_limits[1])
-    rates = A if A.ndim == 2 else np.repeat(A[:, None], B.shape[3], 1)
-    cum = np.cumsum(delta, 1)
-    B_bar = delta[..., None] * B[:, :, heads]
+    rates = delta[..., None] * (A if A.ndim == 2 else np.repeat(A[:, None], B.shape[3], 1))
+    scale = delta[..., None] * (1.0 if discretization == "euler" else phi1(rates))
+    if log_decay is not None:
+        rates = doubled(log_decay).numpy()
+        rates = rates if A.ndim == 2 else np.repeat(rates[..., None], B.shape[3], 3)
+    sums = np.cumsum(rates, 1)
+    order = np.zeros(x.shape[:2], int)
+    if seq_idx is not None:
+        order[:, 1:] = np.cumsum(np.diff(seq_idx.numpy(), axis=1) != 0, 1)
+    B_bar = scale * B[:, :, heads]
     write = B_bar[:, :, :, None] * x[..., None]
-    h_0 = np.zeros_like(write[:, 0]) if initial_state is None else initial_state.double().numpy()
+    h_0 = np.zeros_like(write[:, 0]) if initial_state is None else doubled(initial_state).numpy()
     h = np.empty_like(write)
     for t in range(x.shape[1]):
-        decay = np.exp(rates * (cum[:, t, None] - cum[:, : t + 1])[..., None])
-        h[:, t] = (decay[:, :, :, None] * write[:, : t + 1]).sum(1)
-        h[:, t] += np.exp(rates * cum[:, t][..., None])[:, :, None] * h_0
+        same = order[:, : t + 1] == order[:, t, None]
+        decay = np.exp(sums[:, t, None] - sums[:, : t + 1]) * same[..., None, None]
+        first = np.exp(sums[:, t]) * (order[:, t] == 0)[:, None, None]
+        h[:, t] = (decay[:, :, :, None] * write[:, : t + 1]).sum(1) + first[:, :, None] * h_0
     y = (C[:, :, heads][:, :, :, None] * h).sum(-1)
+    y = 2 * y.real if np.iscomplexobj(y) else y
     y = y if D is None else y + D.double().numpy().reshape(x.shape[2], -1) * x
     gate = 1.0 if z is None else (z.double() * torch.sigmoid(z.double())).numpy()
-    A_bar = np.exp(delta * A) if A.ndim == 1 else np.exp(delta[..., None] * A)
+    begins = np.diff(order, axis=1, prepend=0) > 0
+    A_bar = np.where(begins[..., None, None], 0.0, np.exp(rates))
+    A_bar = A_bar if A.ndim == 2 else A_bar[..., 0]
     found = {"out": y * gate, "last_state": h[:, -1], "delta": delta, "A_bar": A_bar, "B_bar": B_bar, "B": B, "C": C}
-    found |= {"h": h, "y": y, "delta_cumsum": cum}
-    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in found.items()}
+    found |= {"h": h, "y": y, "delta_cumsum": np.cumsum(delta, 1)}
+    return {name: torch.from_numpy(np.array(value)) for name, value in found.items()}
+
+
+def phi1(z):
+    """(exp(z) - 1) / z by numpy's expm1, 1 at 0."""
+    return np.where(z == 0, 1.0, np.expm1(z) / np.where(z == 0, 1.0, z))
 
 
 def chosen(answer, tokens, channels):
@@ -90,7 +141,7 @@ def errors(answer, exact):
     for name, value in answer.items():
         assert value.shape == exact[name].shape, (name, value.shape, exact[name].shape)
     return {
-        name: ((value.double() - exact[name]).abs().max() / exact[name].abs().max()).item()
+        name: ((doubled(value) - exact[name]).abs().max() / exact[name].abs().max()).item()
         for name, value in answer.items()
     }
 
@@ -103,6 +154,6 @@ def violations(answer, exact, naive, *, bound=1e-6, out_bound=None):
         limits["out"] = out_bound
     broken = {name: (value, limits[name]) for name, value in found.items() if not value <= limits[name]}
     if "A_bar" in answer:
-        absolute = (answer["A_bar"].double() - exact["A_bar"]).abs().max().item()
+        absolute = (doubled(answer["A_bar"]) - exact["A_bar"]).abs().max().item()
         broken |= {} if absolute <= 2e-7 else {"A_bar, absolute": (absolute, 2e-7)}
     return broken

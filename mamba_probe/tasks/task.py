@@ -7,9 +7,10 @@ import numpy as np
 from jaxtyping import Int, Shaped
 from numpy.typing import ArrayLike
 
-__all__ = ["ROLES", "Task"]
+__all__ = ["ROLES", "Task", "blank"]
 
-ROLES = ("key", "value", "query", "filler")
+ROLES = ("key", "value", "query", "filler", "kept", "marker")
+"""key, value: a pair; query: asks; kept: to be remembered; marker: says that the next is; filler: any other token."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -90,6 +91,20 @@ class Task:
                 f"prediction: expected token ids, got dtype {ids.dtype}; take the argmax of the logits first"
             )
         return int((ids == self.target)[self.target >= 0].sum()), self.n_query
+
+
+def blank(
+    batch: int, length: int
+) -> tuple[
+    Int[np.ndarray, "batch token"],
+    Shaped[np.ndarray, "batch token"],
+    Int[np.ndarray, "batch token"],
+    Int[np.ndarray, "batch token"],
+]:
+    """Return input_ids of token 0, roles "filler", and targets and source tokens of -1, to be written to."""
+    input_ids, role = np.zeros((batch, length), np.int64), np.full((batch, length), "filler", dtype="<U6")
+    target, source_token = np.full((2, batch, length), -1, dtype=np.int64)
+    return input_ids, role, target, source_token
 
 
 def _same_shape(name: str, array: np.ndarray, shape: tuple[int, ...]) -> None:

@@ -108,15 +108,14 @@ def test_repr_names_sizes_and_seed():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"length": 30}, r"length >= 4 \* n_pairs \(got 30 < 32\)"),
+        ({"length": 30}, r"length >= 2 \* \(n_pairs \+ n_keys\) \(got 30 < 32\)"),
         ({"length": 63}, r"length even \(got 63\)"),
-        ({"vocab": 16}, r"vocab // 2 - 1 >= n_pairs \(got 7 < 8\)"),
+        ({"vocab": 16}, r"vocab // 2 - 1 >= n_keys \(got 7 < 8\)"),
         ({"vocab": 255}, r"vocab even \(got 255\)"),
         ({"batch": 0}, r"batch >= 1 \(got 0\)"),
         ({"n_pairs": 0}, r"n_pairs >= 1 \(got 0\)"),
         ({"power_a": 0.0}, r"power_a > 0 and finite \(got 0.0\)"),
-        ({"filler": "random"}, r'filler=\'random\': "random" is not supported yet; use filler="zero"'),
-        ({"filler": "noise"}, r'filler=\'noise\': use filler="zero"'),
+        ({"filler": "noise"}, r"filler='noise' is unknown; known: zero, random"),
     ],
 )
 def test_impossible_arguments(changed, message):
@@ -125,7 +124,7 @@ def test_impossible_arguments(changed, message):
 
 
 def test_all_failing_inequalities_are_named():
-    with pytest.raises(ValueError, match=r"length >= 4 .*; vocab even"):
+    with pytest.raises(ValueError, match=r"length >= 2 .*; vocab even"):
         mqar(length=8, vocab=255)
 
 
@@ -152,7 +151,7 @@ def test_accuracy_refuses(prediction, message):
         ({"target": np.zeros((1, 3), dtype=int)}, r"target: expected the shape of input_ids .*\(1, 4\), got \(1, 3\)"),
         ({"input_ids": np.full((1, 4), 4)}, r"input_ids: expected values in \[0, 4\), got \[4, 4\]"),
         ({"source_token": np.full((1, 4), 4)}, r"source_token: expected values in \[-1, 4\)"),
-        ({"role": np.full((1, 4), "verb")}, "role: expected key, value, query, filler; got 'verb'"),
+        ({"role": np.full((1, 4), "verb")}, "role: expected key, value, query, filler, kept, marker; got 'verb'"),
         ({"input_ids": np.zeros(4, dtype=int)}, r"input_ids: expected \(batch, token\), got shape \(4,\)"),
     ],
 )

@@ -87,14 +87,16 @@ def check_dtype(dtype: torch.dtype) -> None:
 
 def fresh(config: Any, seed: int = 0) -> nn.Module:
     """Return the module `config.architectures` names, as transformers initialises it; the global seed is left alone."""
-    from transformers import MambaForCausalLM, MambaModel
+    import transformers
 
+    (name,) = config.architectures
+    bare = name.removesuffix("Mixer")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if config.architectures == ["MambaForCausalLM"]:
-            model: Any = MambaForCausalLM(config)
+        if name == bare:
+            model: Any = getattr(transformers, name)(config)
         else:
-            model = MambaModel(config).layers[0].mixer
+            model = getattr(transformers, f"{bare}Model")(config).layers[0].mixer
     return model.to(config.dtype).eval()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -25,14 +25,15 @@ class Construction:
 
     Arguments:
         name: name of the builder.
-        model: `MambaMixer` or `MambaForCausalLM` of one layer, in eval mode.
+        model: `MambaMixer`, `Mamba2Mixer`, `MambaForCausalLM` or `Mamba2ForCausalLM`, in eval mode.
         inputs: turns the task's input into what `model` takes.
         expected: turns the task's input into the model's output at the last token (batch, model), or None.
         read_out: the matrix (kernel, channel) that turns the channels' kernels of the last token into kernels of the
             task's input, or None.
         bound: bound on the error in exact arithmetic, for inputs of at most 1 in absolute value, or None.
-        channels: what each channel is for.
+        channels: what each channel is for, layer after layer.
         claim: what the weights do, in words.
+        answer: turns a bare mixer's output (batch, token, model) into predicted token ids (batch, token), or None.
 
     Example:
         >>> import numpy as np
@@ -56,6 +57,7 @@ class Construction:
     bound: float | None
     channels: list[str]
     claim: str
+    answer: Callable[[Tensor], Int[np.ndarray, "batch token"]] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,8 +70,10 @@ class Construction:
 
     def __repr__(self) -> str:
         config = self._config
-        sizes = {"model": config.hidden_size, "channel": config.intermediate_size}
-        sizes |= {"state": config.state_size, "rank": config.time_step_rank}
+        sizes = {"model": config.hidden_size, "channel": config.expand * config.hidden_size}
+        sizes |= {"state": config.state_size}
+        sizes |= {"head": config.num_heads} if config.model_type == "mamba2" else {"rank": config.time_step_rank}
+        sizes |= {"layer": config.num_hidden_layers} if config.num_hidden_layers > 1 else {}
         listed = ", ".join(f"{name}={size}" for name, size in sizes.items())
         dtype = str(self.dtype).removeprefix("torch.")
         return f"Construction({self.name}: {type(self.model).__name__}, {listed}, {dtype})"

@@ -12,12 +12,17 @@ from torch import Tensor
 from mamba_probe.constructions.block import SILU_ONE, Block, check_dtype, pour
 from mamba_probe.constructions.construction import Construction
 
-__all__ = ["keep_nth"]
+__all__ = ["keep_nth", "ramp_bound"]
 
 SHIFT = 40.0  # silu(t + SHIFT) = t + SHIFT in float64
 
-CLAIM = """delta_t = softplus(beta (n + 1/2 - t)) and A = -1: exp(A delta) is 0 up to token n, which erases, and 1 after
-it, which holds. The last token returns the one-hot code of token n."""
+CLAIMS = {
+    "ramp": """delta_t = softplus(beta (n + 1/2 - t)) and A = -1: exp(A delta) is 0 up to token n, which erases, and 1
+after it, which holds. The last token returns the one-hot code of token n.""",
+    "event": """delta_t = softplus(beta (2 s_t - 1)) with the marker s_t = 1 at token n and 0 elsewhere, and A = -1:
+exp(A delta) is 0 at token n and 1 elsewhere; nothing needs to be erased, as token n alone is written. The last token
+returns the one-hot code of token n.""",
+}
 
 
 def keep_nth(
@@ -30,19 +35,24 @@ def keep_nth(
 ) -> Construction:
     r"""Build the block whose last token returns token `n` of the sequence, however long ago that was.
 
-    The features are the one-hot token, t/T and 1; with A = -1, B = C = 1,
+    The features are the one-hot token, t/T (the marker s_t = 1[t = n] for "event") and 1; with A = -1, B = C = 1,
 
     .. math:: \Delta_t = \mathrm{softplus}(\beta(n + \tfrac12 - t)), \qquad \mathrm{out} = h_{T-1} / (\beta / 2)
 
-    with an error of about 3 exp(-beta / 2), whatever the length. Source: ours (our construction of the claim of
+    with an error of about 3 exp(-beta / 2), whatever the length, or, for "event",
+
+    .. math:: \Delta_t = \mathrm{softplus}(\beta(2 s_t - 1)), \qquad \mathrm{out} = h_{T-1} / \beta
+
+    with an error of at most T (1 + 1 / beta) exp(-beta). Source: ours (our construction of the claim of
     arXiv 2506.11891 on memory decay).
 
     Arguments:
         n_tokens: number of token ids.
-        length: tokens T of a sequence, a power of two.
+        length: tokens T of a sequence, for "ramp" a power of two.
         n: index of the token to keep, in `[0, length - 1]`.
-        beta: steepness of the ramp.
-        profile: "ramp": delta falls along the sequence.
+        beta: steepness of the ramp; for "event" the delta of token n.
+        profile: "ramp": delta falls along the sequence, exp(A delta) is 0 up to n and 1 after it; "event": exp(A delta)
+            is 0 at n and 1 elsewhere.
         dtype: of the weights, float32 or float64.
 
     Returns:
@@ -63,46 +73,75 @@ def keep_nth(
     """
     _check(n_tokens, length, n, beta, profile)
     check_dtype(dtype)
-    block = _block(n_tokens, length, n, beta)
-    config = block.config(dtype, architectures=["MambaMixer"])
+    ramp = profile == "ramp"
+    block = _ramp(n_tokens, length, n, beta) if ramp else _event(n_tokens, beta)
+    feature = np.arange(length) / length if ramp else np.eye(1, length, n)[0]
     return Construction(
-        name="keep_nth",
-        model=pour(config, block.state_dict(dtype)),
-        inputs=partial(_inputs, n_tokens=n_tokens, length=length, dtype=dtype),
+        name="keep_nth" if ramp else "keep_nth event",
+        model=pour(block.config(dtype, architectures=["MambaMixer"]), block.state_dict(dtype)),
+        inputs=partial(_inputs, n_tokens=n_tokens, feature=feature, dtype=dtype),
         expected=partial(_expected, n_tokens=n_tokens, length=length, n=n),
         read_out=None,
-        bound=_bound(beta),
-        channels=[f"token {token}" for token in range(n_tokens)] + ["position", "one"],
-        claim=CLAIM,
+        bound=ramp_bound(beta) if ramp else length * (1 + 1 / beta) * math.exp(-beta),
+        channels=[f"token {token}" for token in range(n_tokens)] + ["position" if ramp else "marker", "one"],
+        claim=CLAIMS[profile],
     )
 
 
-def _block(n_tokens: int, length: int, n: int, beta: float) -> Block:
-    size = n_tokens + 2
-    block, tokens, position, one = Block.zeros(size, size, state=1, rank=1), np.arange(n_tokens), n_tokens, n_tokens + 1
-    block.conv[:, 0] = 1
-    block.in_proj_x[tokens, tokens] = block.in_proj_x[one, one] = 1
+def ramp_bound(beta: float) -> float:
+    r"""Return the error of "ramp" for any length: tokens that outlive k erasing steps, later writes and later decay.
+
+    .. math:: \sum_{k \ge 1} (2k + 1) e^{-\beta k^2 / 2} + \frac{(2 / \beta + 1) e^{-\beta / 2}}{1 - e^{-\beta}}
+
+    Source: ours.
+
+    Arguments:
+        beta: steepness of the ramp, positive.
+
+    Example:
+        >>> f"{ramp_bound(64.0):.1e}"
+        '5.1e-14'
+    """
+    older = sum((2 * k + 1) * math.exp(-beta * k * k / 2) for k in range(1, 2 + math.ceil(40 / math.sqrt(beta))))
+    return older + (2 / beta + 1) * math.exp(-beta / 2) / -math.expm1(-beta)
+
+
+def _ramp(n_tokens: int, length: int, n: int, beta: float) -> Block:
+    block, tokens, position = _values(n_tokens)
     block.in_proj_x[position, position], block.conv_bias[position] = length, SHIFT
-    block.in_proj_z[tokens, one] = 1
     block.x_proj_dt[0, position] = 1
-    block.x_proj_B[0, one] = block.x_proj_C[0, one] = 1 / SILU_ONE
     block.dt_proj[:, 0], block.dt_bias[:] = -beta, beta * (n + 0.5 + SHIFT)
     block.out_proj[tokens, tokens] = 2 / (beta * SILU_ONE**2)
     return block
 
 
-def _bound(beta: float) -> float:
-    """Return the error for any length: older tokens that outlive k erasing steps, then later writes and later decay."""
-    older = sum((2 * k + 1) * math.exp(-beta * k * k / 2) for k in range(1, 2 + math.ceil(40 / math.sqrt(beta))))
-    return older + (2 / beta + 1) * math.exp(-beta / 2) / -math.expm1(-beta)
+def _event(n_tokens: int, beta: float) -> Block:
+    block, tokens, marker = _values(n_tokens)
+    block.in_proj_x[marker, marker] = 1
+    block.x_proj_dt[0, marker] = 1 / SILU_ONE
+    block.dt_proj[:, 0], block.dt_bias[:] = 2 * beta, -beta
+    block.out_proj[tokens, tokens] = 1 / (beta * SILU_ONE**2)
+    return block
+
+
+def _values(n_tokens: int) -> tuple[Block, np.ndarray, int]:
+    """Return a block whose first channels hold the one-hot token, with B = C = 1, the last one 1; then the free one."""
+    size, tokens, one = n_tokens + 2, np.arange(n_tokens), n_tokens + 1
+    block = Block.zeros(size, size, state=1, rank=1)
+    block.conv[:, 0] = 1
+    block.in_proj_x[tokens, tokens] = block.in_proj_x[one, one] = 1
+    block.in_proj_z[tokens, one] = 1
+    block.x_proj_B[0, one] = block.x_proj_C[0, one] = 1 / SILU_ONE
+    return block, tokens, n_tokens
 
 
 def _check(n_tokens: int, length: int, n: int, beta: float, profile: str) -> None:
-    if profile != "ramp":
-        raise ValueError(f'keep_nth: profile={profile!r} is not supported; use profile="ramp"')
+    if profile not in CLAIMS:
+        raise ValueError(f"keep_nth: profile={profile!r} is not supported, expected one of {list(CLAIMS)}")
     needs = {
         f"n_tokens >= 1 (got {n_tokens})": n_tokens >= 1,
-        f"length a power of two (got {length})": length > 0 and length & (length - 1) == 0,
+        f"length >= 1 (got {length})": length >= 1,
+        f"length a power of two (got {length})": profile == "event" or length < 1 or length & (length - 1) == 0,
         f"0 <= n <= length - 1 (got n = {n}, length = {length})": 0 <= n <= length - 1,
         f"beta > 0 and finite (got {beta})": 0 < beta < math.inf,
     }
@@ -122,12 +161,12 @@ def _ids(token_ids: ArrayLike, n_tokens: int, length: int) -> Int[np.ndarray, "b
     return ids
 
 
-def _inputs(token_ids: ArrayLike, *, n_tokens: int, length: int, dtype: torch.dtype) -> Tensor:
-    """Return the hidden states (batch, token, model): the one-hot token, t/T and 1."""
-    ids = _ids(token_ids, n_tokens, length)
+def _inputs(token_ids: ArrayLike, *, n_tokens: int, feature: Float[np.ndarray, " token"], dtype: torch.dtype) -> Tensor:
+    """Return the hidden states (batch, token, model): the one-hot token, t/T or the marker, and 1."""
+    ids = _ids(token_ids, n_tokens, feature.size)
     hidden = np.zeros((*ids.shape, n_tokens + 2))
     hidden[..., :n_tokens] = np.eye(n_tokens)[ids]
-    hidden[..., n_tokens], hidden[..., n_tokens + 1] = np.arange(length) / length, 1
+    hidden[..., n_tokens], hidden[..., n_tokens + 1] = feature, 1
     return torch.tensor(hidden, dtype=dtype)
 
 

@@ -1,29 +1,46 @@
-"""A one-layer Mamba-1 language model that solves multi-query associative recall."""
+"""One-layer language models that solve multi-query associative recall."""
 
 import math
+from difflib import get_close_matches
 from functools import partial
-from itertools import combinations, islice
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from numpy.typing import ArrayLike
-from torch import Tensor
 
-from mamba_probe.constructions.block import INVERSE_SOFTPLUS_ONE, SILU_ONE, Block, check_dtype, pour, silu
+from mamba_probe.constructions.block import Block, check_dtype
 from mamba_probe.constructions.construction import Construction
+from mamba_probe.constructions.mamba2_block import Mamba2Block
+from mamba_probe.constructions.recall_codes import Codes, codes_of
+from mamba_probe.constructions.recall_language import EPSILON, as_ids, language_model
+from mamba_probe.constructions.recall_random import random_tables
+from mamba_probe.constructions.recall_tables import LOG_DECAY, mamba1_table, mamba2_table, overwrite_table
 
 __all__ = ["mqar"]
 
-GATE = 4.0  # z at a key token
-WRITE = 40.0  # what a value token adds to the pre-activation of delta
-LOG_DECAY = -40.0  # A_log: no decay
-EPSILON = 1e-5  # of the RMS norms
+KEPT = 0.4  # share of the memory that a write leaves with writes="last"; below 1/2, so that the newest wins
+CHOICES = {
+    "mixer": ("mamba1", "mamba2"),
+    "key_code": ("one-hot", "constant-weight", "random"),
+    "writes": ("add", "last", "overwrite"),
+}
 
-CLAIM = """The convolution brings the previous token's key to B and the current token's key to C; a value token
+ONE_HOT = """The convolution brings the previous token's key to B and the current token's key to C; a value token
 has delta = 1, any other softplus(log(e - 1) - 40), and nothing decays: the states of a key hold the code of the value
 that followed it. A key token opens the gate and reads them; lm_head compares the code with every value's, so that the
 right logit exceeds the others by at least 1."""
+SHARED = """The convolution brings the previous token's key to B and the current token's key to C; a value token
+has delta = 1, any other softplus(log(e - 1) - 40), and nothing decays. Two keys share at most w - 1 of the w ones in
+their codes: a query reads its own value with weight 1, another's with at most 1 - 1/w, as long as no value is there
+twice. Norms rescale the logits and leave their order."""
+LAST = """The convolution brings the previous token's key to B and the current token's key to C; a value token has
+delta = 1 and multiplies the whole memory by 0.4, any other token softplus(log(e - 1) - 40). The newest value of a key
+outweighs all its older ones together, 0.4 + 0.4^2 + ... = 2/3 of it."""
+RANDOM = """As with one-hot keys, but the codes are random: silu(1) and silu(-1) differ by 1, and the projections after
+it subtract their mean, so that B, C and what is written are +1 and -1. Other keys add noise to what a query reads."""
+OVERWRITE = """Each key has its own channels, with A = -1: a value that follows the key has delta = 40 there, which
+erases what was held and writes the new value's code; any other token has softplus(-40) and leaves it. A key token opens
+the gate of its channels alone."""
+CLAIMS = {"one-hot": ONE_HOT, "constant-weight": SHARED, "random": RANDOM, "last": LAST, "overwrite": OVERWRITE}
 
 
 def mqar(
@@ -31,33 +48,48 @@ def mqar(
     n_keys: int = 64,
     n_values: int = 64,
     key_code: str = "one-hot",
+    writes: str = "add",
+    bits: tuple[int, int] | None = None,
+    seed: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Construction:
     r"""Build the language model that answers every query of `mamba_probe.tasks.mqar`.
 
-    With one-hot keys phi and value codes chi of constant weight w,
+    With key codes phi of weight w_k and value codes chi,
 
-    .. math:: \mathrm{logit}_t(v) = \Bigl\langle \chi(v), \sum_{s \le t} \Delta_s\,
+    .. math:: \mathrm{logit}_t(v) = \frac1{w_k} \Bigl\langle \chi(v), \sum_{s \le t} \Delta_s\,
         \langle \phi(x_t), \phi(x_{s-1})\rangle \,\chi(x_s) \Bigr\rangle, \qquad
         \Delta_s = 1 \text{ at values},\ < 10^{-17} \text{ elsewhere}
 
-    at a query t: w at the answer and at most w - 1 elsewhere. Source: ours (our construction of the claim of
-    arXiv 2506.11891 on associative recall).
+    at a query t, up to the last norm. One-hot keys, with value codes of constant weight w: w at the answer and at most
+    w - 1 elsewhere. Constant-weight keys, with one-hot values: 1 and at most 1 - 1/w_k, for values that differ within
+    a row. Mamba-2's gated norm divides what a query reads by its root mean square: with one-hot keys and "add" that is
+    known and undone, elsewhere the logits keep their order and not their size. Source: ours (our construction of the
+    claim of arXiv 2506.11891 on associative recall).
 
     Arguments:
-        mixer: "mamba1".
+        mixer: "mamba1", or "mamba2" with one group, one head and the gated norm.
         n_keys: token ids `0 .. n_keys - 1`; token 0 is the filler, which leaves `n_keys - 1` keys.
         n_values: token ids `n_keys .. n_keys + n_values - 1`; the task's halves are equal, `n_keys == n_values`.
-        key_code: "one-hot".
+        key_code: "one-hot": a state a key. "constant-weight": as many states as give each key its own choice of half
+            of them; values must not repeat within a row. "random", in Mamba-1: keys and values have random codes of +1
+            and -1, and the answer is right up to chance overlaps, which need
+            n_key_bits n_value_bits >> 4 (pairs - 1) log(n_values pairs).
+        writes: "add": each key is followed by a value once in a row. With one-hot keys also, for keys that come again:
+            "last": each write multiplies all older ones by 0.4; float32 loses a value after about 100 later writes.
+            "overwrite", in Mamba-1: a write erases the value of its own key alone, at n_values' bits a key in channels.
+        bits: for "random" keys alone: numbers of bits (key, value).
+        seed: for "random" keys alone: of the codes.
         dtype: of the weights, float32 or float64.
 
     Returns:
-        A construction around a `MambaForCausalLM`, its model size n_keys + d with d the least number of bits for which
-        C(d, d // 2) >= n_values. `inputs` makes a tensor of token ids; the answers are the task's `target`.
-        Each key may be followed by a value once in a sequence.
+        A construction around a `MambaForCausalLM` or `Mamba2ForCausalLM`. A code of d bits for m tokens has the least d
+        for which C(d, d // 2) >= m. `inputs` makes a tensor of token ids; the answers are the task's `target`.
+        With writes="add" and no random codes, `bound` is that of each code's bit that a query reads, norms aside.
 
     Raises:
-        ValueError: if there is no key or fewer than two values, or the mixer, key code or dtype is another one.
+        ValueError: if there is no key or fewer than two values, or the mixer, key code, writes or dtype is another
+            one, or they do not go together.
 
     Example:
         >>> import torch
@@ -70,95 +102,74 @@ def mqar(
         ...     logits = construction.model(construction.inputs(task.input_ids)).logits
         >>> task.accuracy(logits.argmax(-1))
         (12, 12)
+        >>> mqar("mamba2", n_keys=8, n_values=8, key_code="constant-weight")
+        Construction(mqar: Mamba2ForCausalLM, model=13, channel=13, state=5, head=1, float32)
     """
-    _check(mixer, n_keys, n_values, key_code)
+    _check(mixer, n_keys, n_values, key_code, writes)
+    _check_random(mixer, key_code, bits, seed)
     check_dtype(dtype)
-    code = _constant_weight(n_values)
-    block, channels = _block(n_keys, code)
-    config = block.config(
-        dtype,
-        architectures=["MambaForCausalLM"],
-        vocab_size=n_keys + n_values,
-        layer_norm_epsilon=EPSILON,
-        tie_word_embeddings=False,
-    )
+    if bits is not None and seed is not None:
+        block, embedding, head, channels = random_tables(n_keys, n_values, *bits, seed)
+        exact = False
+    else:
+        codes = codes_of(key_code, n_keys, n_values)
+        (block, channels), embedding, head = _table(codes, mixer, writes), codes.embedding, _head(codes)
+        exact = writes == "add"
     return Construction(
         name="mqar",
-        model=pour(config, _language_model(block, n_keys, code, dtype)),
-        inputs=partial(_inputs, vocab=n_keys + n_values),
+        model=language_model([block], embedding, head, dtype),
+        inputs=partial(as_ids, name="mqar", vocab=n_keys + n_values),
         expected=None,
         read_out=None,
-        bound=(n_keys - 1) * math.exp(LOG_DECAY),
+        bound=(n_keys - 1) * math.exp(LOG_DECAY) if exact else None,
         channels=channels,
-        claim=CLAIM,
+        claim=CLAIMS[key_code if writes == "add" else writes],
     )
 
 
-def _constant_weight(n_values: int) -> Float[np.ndarray, "value bit"]:
-    """Return the first `n_values` 0/1 codes of the least even weight split: C(d, d // 2) >= n_values."""
-    bits = next(d for d in range(2, 64) if math.comb(d, d // 2) >= n_values)
-    code = np.zeros((n_values, bits))
-    for row, ones in zip(code, islice(combinations(range(bits), bits // 2), n_values), strict=True):
-        row[list(ones)] = 1
-    return code
+def _table(codes: Codes, mixer: str, writes: str) -> tuple[Block | Mamba2Block, list[str]]:
+    if writes == "overwrite":
+        return overwrite_table(codes)
+    log_decay = math.log(-math.log(KEPT)) if writes == "last" else LOG_DECAY
+    return mamba1_table(codes, log_decay) if mixer == "mamba1" else mamba2_table(codes, log_decay)
 
 
-def _block(n_keys: int, code: Float[np.ndarray, "value bit"]) -> tuple[Block, list[str]]:
-    """Return the weights, and what each channel is for: previous key, current key, value bits, padding."""
-    bits, weight = code.shape[1], code[0].sum()
-    model = n_keys + bits
-    block, keys = Block.zeros(model, 2 * model, state=n_keys, rank=1), np.arange(n_keys)
-    previous, current, value = keys, n_keys + keys, 2 * n_keys + np.arange(bits)
-    key_norm, value_norm = (math.sqrt(square / model + EPSILON) for square in (1, weight))  # undo the norm before
-    block.in_proj_x[previous, keys] = block.in_proj_x[current, keys] = key_norm
-    block.in_proj_x[value, n_keys + np.arange(bits)] = value_norm
-    block.in_proj_z[np.ix_(value, keys)] = GATE * key_norm
-    block.conv[previous, 1] = block.conv[current, 0] = block.conv[value, 0] = 1
-    block.x_proj_dt[0, value] = 1 / (SILU_ONE * weight)
-    block.x_proj_B[keys, previous] = block.x_proj_C[keys, current] = 1
-    block.dt_proj[:, 0], block.dt_bias[:] = WRITE, INVERSE_SOFTPLUS_ONE - WRITE
-    block.A_log[:] = LOG_DECAY
-    block.out_proj[n_keys + np.arange(bits), value] = 1 / (SILU_ONE**3 * silu(GATE))
-    labels = [f"previous key {key}" for key in keys] + [f"current key {key}" for key in keys]
-    return block, labels + [f"value bit {bit}" for bit in range(bits)] + ["padding"] * bits
+def _head(codes: Codes) -> np.ndarray:
+    """Return lm_head (token, model): the values' codes, scaled to undo the last norm at a query.
+
+    The residual adds the query's own key to the answer there.
+    """
+    head, n_keys = np.zeros_like(codes.embedding), len(codes.key)
+    square = codes.key_weight + codes.value_weight
+    head[n_keys:] = codes.embedding[n_keys:] * math.sqrt(square / codes.model + EPSILON)
+    return head
 
 
-def _language_model(
-    block: Block, n_keys: int, code: Float[np.ndarray, "value bit"], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Return the block's weights inside a language model: one embedding a token, zero for the filler, and its head."""
-    (n_values, bits), weight = code.shape, code[0].sum()
-    embedding = np.zeros((n_keys + n_values, n_keys + bits))
-    embedding[np.arange(1, n_keys), np.arange(1, n_keys)] = 1
-    embedding[n_keys:, n_keys:] = code
-    head = np.zeros_like(embedding)  # undoes the last norm at a query, where the residual adds the key to the answer
-    head[n_keys:, n_keys:] = code * math.sqrt((1 + weight) / embedding.shape[1] + EPSILON)
-    ones = np.ones(embedding.shape[1])
-    around = {
-        "backbone.embeddings.weight": embedding,
-        "backbone.layers.0.norm.weight": ones,
-        "backbone.norm_f.weight": ones,
-        "lm_head.weight": head,
-    }
-    inside = {f"backbone.layers.0.mixer.{name}": array for name, array in block.state_dict(dtype).items()}
-    return inside | {name: torch.tensor(array, dtype=dtype) for name, array in around.items()}
-
-
-def _inputs(input_ids: ArrayLike, *, vocab: int) -> Tensor:
-    """Return the token ids (batch, token) as a tensor."""
-    ids = np.asarray(input_ids)
-    if ids.ndim != 2 or ids.dtype.kind not in "iu":
-        raise ValueError(f"mqar: input_ids must be integers (batch, token), got {ids.dtype} of shape {ids.shape}")
-    if ids.size and not (ids.min() >= 0 and ids.max() < vocab):
-        raise ValueError(f"mqar: input_ids must be in [0, {vocab}), got [{ids.min()}, {ids.max()}]")
-    return torch.tensor(ids, dtype=torch.int64)
-
-
-def _check(mixer: str, n_keys: int, n_values: int, key_code: str) -> None:
+def _check_random(mixer: str, key_code: str, bits: tuple[int, int] | None, seed: int | None) -> None:
+    given = f"(got bits={bits}, seed={seed})"
+    if key_code != "random":
+        if bits is not None or seed is not None:
+            raise ValueError(f'mqar: bits and seed go with key_code="random" alone {given}')
+        return
+    if bits is None or seed is None:
+        raise ValueError(f'mqar: key_code="random" needs bits=(key bits, value bits) and a seed {given}')
     if mixer != "mamba1":
-        raise ValueError(f'mqar: mixer={mixer!r} is not supported; use mixer="mamba1"')
-    if key_code != "one-hot":
-        raise ValueError(f'mqar: key_code={key_code!r} is not supported; use key_code="one-hot"')
+        raise ValueError('mqar: key_code="random" needs mixer="mamba1": Mamba-2 has nothing linear after silu')
+    if min(bits) < 1:
+        raise ValueError(f"mqar: needs at least one bit a key and a value (got bits={bits})")
+
+
+def _check(mixer: str, n_keys: int, n_values: int, key_code: str, writes: str) -> None:
+    for name, given in {"mixer": mixer, "key_code": key_code, "writes": writes}.items():
+        if given not in CHOICES[name]:
+            near = get_close_matches(str(given), CHOICES[name], n=1, cutoff=0.75)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            known = ", ".join(f'"{choice}"' for choice in CHOICES[name])
+            raise ValueError(f"mqar: {name}={given!r} is not supported{hint}; use one of {known}")
+    if writes != "add" and key_code != "one-hot":
+        raise ValueError(f'mqar: writes={writes!r} needs key_code="one-hot": other keys would drown the answer')
+    if writes == "overwrite" and mixer != "mamba1":
+        raise ValueError('mqar: writes="overwrite" needs mixer="mamba1": dt of Mamba-2 does not see the previous token')
     needs = {
         f"n_keys >= 2, the filler and a key (got {n_keys})": n_keys >= 2,
         f"n_values >= 2 (got {n_values})": n_values >= 2,

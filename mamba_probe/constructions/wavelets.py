@@ -1,8 +1,10 @@
 """A Mamba-1 block that returns the coarse Haar coefficients of its input."""
 
 import math
+from collections.abc import Callable
+from difflib import get_close_matches
 from functools import partial
-from itertools import pairwise
+from textwrap import fill
 
 import numpy as np
 import torch
@@ -10,16 +12,23 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from mamba_probe.constructions.block import INVERSE_SOFTPLUS_ONE, SILU_ONE, Block, check_dtype, pour
+from mamba_probe.constructions.block import check_dtype, pour
 from mamba_probe.constructions.construction import Construction
+from mamba_probe.constructions.haar_decay import decay
+from mamba_probe.constructions.haar_flat import flat_b, flat_x
+from mamba_probe.constructions.haar_layout import Layout, Plan, haar_rows
+from mamba_probe.constructions.haar_ramps import delta, ramps
 
-__all__ = ["haar"]
+__all__ = ["haar", "window_sums"]
 
-LOG_DECAY = -80.0  # A_log: no decay that a float64 can see
-
-CLAIM = """Window k = [k L, (k+1) L) has two channels, x = silu(u) and x = silu(-u), with delta = 1 inside the window
-and 0 outside, no decay, B = C = 1: their states hold the sum of u over the window, and out_proj turns the 2^levels sums
-into Haar coefficients (cA_n, cD_n, cD_{n-1}, ...) of the whole sequence at its last token."""
+VARIANTS: dict[str, Callable[[Layout, float], Plan]] = {
+    "flat-x": flat_x,
+    "flat-B": flat_b,
+    "ramps": ramps,
+    "delta": delta,
+    "decay": decay,
+}
+REFUSED = ("D", "flat-decay")  # erase by a large delta up to the window, hold by a small one in it
 
 
 def haar(
@@ -31,7 +40,7 @@ def haar(
 ) -> Construction:
     r"""Build the block whose last token returns the `2**levels` coarsest Haar coefficients of a sequence u.
 
-    The features are (u_t, t/T, 1). With windows of L = T / 2^levels tokens and c = log(e - 1),
+    The features are (u_t, t/T, 1). With windows of L = T / 2^levels tokens and c = log(e - 1), the default's
 
     .. math:: \Delta^{[a,b)}_t = \mathrm{softplus}\bigl(c - \mathrm{SiLU}(\beta(a - \tfrac12 - t))
         - \mathrm{SiLU}(\beta(t - b + \tfrac12))\bigr)
@@ -39,18 +48,30 @@ def haar(
     is 1 in the window and at most exp(c - beta/2) outside. Source: ours (our construction of the claim of
     arXiv 2506.11891 that Mamba represents discontinuous functions through wavelets).
 
+    ========== ===================================== ============================ ================ =================
+    variant    delta                                 u enters through             channels         error
+    ========== ===================================== ============================ ================ =================
+    "flat-x"   1 in a window, 0 outside              x: kernels are Haar          4 2^levels - 1   exp(-beta / 2)
+    "flat-B"   the same                              B: kernels are u in a window 3 2^levels       exp(-beta / 2)
+    "ramps"    softplus(beta (t - a + 3/4 and 1/4))  B                            2 2^levels + 2   exp(-beta / 4)
+    "delta"    softplus(beta (t - a + 1/2 + u / 16)) delta, for abs(u) < 8        2^levels + 3     exp(-7 beta / 16)
+    "decay"    softplus(beta (n + 1/2 - t)), A = -1  B; levels = log2 T           T + 4            exp(-beta / 2)
+    ========== ===================================== ============================ ================ =================
+
+    "ramps" and "delta" lose about T^2 of relative precision: "delta" is for float64 only.
+
     Arguments:
         length: tokens T of a sequence, a power of two.
-        levels: decomposition levels J, with `2**levels <= length`.
-        beta: steepness of the windows' edges; the error is of order exp(-beta / 2).
-        variant: "flat-x": flat windows, u through x.
+        levels: decomposition levels J, with `2**levels <= length`; equal for "decay".
+        beta: steepness of the windows' edges.
+        variant: a row of the table.
         dtype: of the weights, float32 or float64.
 
     Returns:
         A construction around a bare `MambaMixer`. `inputs(u)` takes u (batch, token) to hidden states
         (batch, token, model); `expected(u)` is the coefficients (batch, model), zero beyond `2**levels`.
-        `read_out @ kernels`, with kernels (channel, token) = C exp(A sum delta) delta B at the last token, is the Haar
-        basis.
+        For "flat-x" `read_out @ kernels`, with kernels (channel, token) = C exp(A sum delta) delta B at the last token,
+        is the Haar basis; for the others, whose kernels are not kernels of u, `read_out` is None.
 
     Raises:
         ValueError: if the sizes do not fit each other, or the variant or dtype is another one.
@@ -67,117 +88,150 @@ def haar(
         ...     output = construction.model(construction.inputs(u))[:, -1]
         >>> bool(np.allclose(output, construction.expected(u), atol=1e-5))
         True
+        >>> haar(length=16, levels=2, variant="flat-B")
+        Construction(haar flat-B: MambaMixer, model=4, channel=12, state=1, rank=4, float32)
     """
-    _check(length, levels, beta, variant)
-    check_dtype(dtype)
-    windows = 2**levels
-    model = max(3, windows)
-    block, channels = _block(length, windows, beta, model)
-    config = block.config(dtype, architectures=["MambaMixer"])
-    odd = block.in_proj_x[:, 0] / 2  # silu(u) = u/2 + even part, silu(-u) = -u/2 + the same even part
-    read_out = block.out_proj[:windows] * SILU_ONE * odd
-    return Construction(
-        name="haar",
-        model=pour(config, block.state_dict(dtype)),
-        inputs=partial(_inputs, length=length, model=model, dtype=dtype),
-        expected=partial(_expected, length=length, windows=windows, model=model),
-        read_out=read_out,
-        bound=_bound(length, windows, beta),
-        channels=channels,
-        claim=CLAIM,
-    )
-
-
-def _block(length: int, windows: int, beta: float, model: int) -> tuple[Block, list[str]]:
-    """Return the weights, and what each channel is for: ramps, windows of u, windows of -u, the constant, padding."""
-    block, knots = Block.zeros(model, 4 * model, state=1, rank=windows), windows - 1
-    down, up = np.arange(knots), knots + np.arange(knots)
-    plus, minus, one = 2 * knots + np.arange(windows), 2 * knots + windows + np.arange(windows), 2 * knots + 2 * windows
-    knot = np.arange(1, windows) * (length // windows)
-    block.conv[: one + 1, 0] = 1
-    block.in_proj_x[down, 1], block.conv_bias[down] = -beta * length, beta * (knot - 0.5)
-    block.in_proj_x[up, 1], block.conv_bias[up] = beta * length, beta * (0.5 - knot)
-    block.in_proj_x[plus, 0], block.in_proj_x[minus, 0] = 1, -1
-    block.conv_bias[one] = 1
-    block.in_proj_z[np.r_[plus, minus], 2] = 1
-    block.x_proj_dt[np.arange(1, windows), down] = 1  # window k opens at knot k ...
-    block.x_proj_dt[np.arange(knots), up] = 1  # ... and closes at knot k + 1
-    block.x_proj_B[0, one] = block.x_proj_C[0, one] = 1 / SILU_ONE
-    block.dt_proj[plus, np.arange(windows)] = block.dt_proj[minus, np.arange(windows)] = -1
-    block.dt_bias[:] = INVERSE_SOFTPLUS_ONE
-    block.A_log[:] = LOG_DECAY
-    rows = _haar_of_windows(length, windows) / SILU_ONE
-    block.out_proj[:windows, plus], block.out_proj[:windows, minus] = rows, -rows
-    return block, _labels(knot, length, windows, 4 * model)
-
-
-def _labels(knot: np.ndarray, length: int, windows: int, channel: int) -> list[str]:
-    edges = [0, *knot.tolist(), length]
-    spans = [f"[{a}, {b})" for a, b in pairwise(edges)]
-    labels = [f"ramp down {a}" for a in knot] + [f"ramp up {a}" for a in knot]
-    labels += [f"window of u {span}" for span in spans] + [f"window of -u {span}" for span in spans] + ["one"]
-    return labels + ["padding"] * (channel - len(labels))
-
-
-def _haar_of_windows(length: int, windows: int) -> Float[np.ndarray, "kernel window"]:
-    """Return the Haar functions of a sequence, one column a window: each is constant on every window."""
-    rows = [np.full(windows, length**-0.5)]
-    width = windows
-    while width > 1:
-        wavelet = np.repeat([1.0, -1.0], width // 2) * (width * length / windows) ** -0.5
-        rows += list(np.kron(np.eye(windows // width), wavelet))
-        width //= 2
-    return np.stack(rows)
-
-
-def _bound(length: int, windows: int, beta: float) -> float:
-    """Return the error of a coefficient for |u| <= 1: a window's leak (inside, outside, decay) times the widest row."""
-    ratio = math.exp(-beta)
-    leak = math.exp(-1) if beta < 2 else beta / 2 * math.exp(-beta / 2)  # |silu - relu| at half a token
-    slope = 1 / (1 + math.exp(-INVERSE_SOFTPLUS_ONE - 2 * leak))
-    inside = slope * beta * (1 + ratio) / (1 - ratio) ** 2
-    outside = 2 * math.expm1(1.0) * math.exp(2 * leak) / (1 - ratio)
-    decay = math.exp(LOG_DECAY) * (length / windows) ** 2 / 2
-    return windows / math.sqrt(length) * (math.exp(-beta / 2) * (inside + outside) + decay)
-
-
-def _check(length: int, levels: int, beta: float, variant: str) -> None:
-    if variant != "flat-x":
-        raise ValueError(
-            f'haar: variant={variant!r} is not supported; use variant="flat-x" (flat windows, u through x)'
-        )
+    _check_variant("haar", variant)
     needs = {
         f"length a power of two (got {length})": length > 0 and length & (length - 1) == 0,
         f"levels >= 1 (got {levels})": levels >= 1,
         f"2**levels <= length (got 2**{levels} > {length})": levels < 1 or 2**levels <= length,
+        f'2**levels >= length for variant="decay", which holds every token (got 2**{levels} < {length})': (
+            variant != "decay" or levels < 1 or 2**levels >= length
+        ),
         f"beta > 0 and finite (got {beta})": 0 < beta < math.inf,
     }
+    _check("haar", needs, dtype)
+    name = "haar" if variant == "flat-x" else f"haar {variant}"
+    layout = Layout(length, haar_rows(length, 2**levels))
+    outputs = "Haar coefficients (cA_n, cD_n, cD_{n-1}, ...) of the whole sequence"
+    return _construction(name, layout, beta, variant, dtype, outputs, _coefficients)
+
+
+def window_sums(
+    length: int = 1000,
+    windows: int = 8,
+    beta: float = 64.0,
+    variant: str = "flat-x",
+    dtype: torch.dtype = torch.float32,
+) -> Construction:
+    r"""Build the block of `haar` that returns the sums of u over equal windows, for any length they divide.
+
+    .. math:: \mathrm{out}_k = \sum_{t = kL}^{(k+1)L - 1} u_t, \qquad L = T / \mathrm{windows}
+
+    Source: ours.
+
+    Arguments:
+        length: tokens T of a sequence.
+        windows: number of windows, a divisor of `length`; equal for "decay".
+        beta: steepness of the windows' edges.
+        variant: as in `haar`.
+        dtype: of the weights, float32 or float64.
+
+    Raises:
+        ValueError: if the sizes do not fit each other, or the variant or dtype is another one.
+
+    Example:
+        >>> import numpy as np, torch
+        >>> construction = window_sums(length=12, windows=3)
+        >>> u = np.arange(12.0)[None]
+        >>> construction.expected(u).tolist()
+        [[6.0, 22.0, 38.0]]
+        >>> with torch.no_grad():
+        ...     construction.model(construction.inputs(u))[:, -1].round(decimals=3).tolist()
+        [[6.0, 22.0, 38.0]]
+    """
+    _check_variant("window_sums", variant)
+    needs = {
+        f"2 <= windows <= length (got windows = {windows}, length = {length})": 2 <= windows <= length,
+        f"length % windows == 0 (got {length} and {windows})": windows < 1 or length % windows == 0,
+        f'windows >= length for variant="decay", which holds every token (got {windows} < {length})': (
+            variant != "decay" or windows >= length
+        ),
+        f"beta > 0 and finite (got {beta})": 0 < beta < math.inf,
+    }
+    _check("window_sums", needs, dtype)
+    name = "window_sums" if variant == "flat-x" else f"window_sums {variant}"
+    layout = Layout(length, np.eye(windows))
+    return _construction(name, layout, beta, variant, dtype, "the outputs, a sum each,", _sums)
+
+
+def _construction(
+    name: str,
+    layout: Layout,
+    beta: float,
+    variant: str,
+    dtype: torch.dtype,
+    outputs: str,
+    truth: Callable[[np.ndarray, int], np.ndarray],
+) -> Construction:
+    plan = VARIANTS[variant](layout, beta)
+    padding = plan.block.D.size - len(plan.channels)
+    return Construction(
+        name=name,
+        model=pour(plan.block.config(dtype, architectures=["MambaMixer"]), plan.block.state_dict(dtype)),
+        inputs=partial(_inputs, layout=layout, limit=plan.limit, dtype=dtype),
+        expected=partial(_expected, layout=layout, limit=plan.limit, truth=truth),
+        read_out=plan.read_out,
+        bound=plan.bound,
+        channels=plan.channels + ["padding"] * padding,
+        claim=fill(plan.claim.format(windows=layout.windows, outputs=outputs), 118),
+    )
+
+
+def _check_variant(name: str, variant: str) -> None:
+    if variant in REFUSED:
+        raise ValueError(
+            f"{name}: variant={variant!r}, decay used as a flat window, is not offered: B_bar = delta B writes the "
+            "last erasing token with weight delta_erase / delta_hold, a leak of 1e4 to 1e6 beside an error of 1e-3 or "
+            'more in the window; use variant="flat-B" for flat windows, variant="decay" for windows of one token'
+        )
+    if variant not in VARIANTS:
+        close = get_close_matches(str(variant), VARIANTS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{name}: variant={variant!r} is not supported, expected one of {list(VARIANTS)}{hint}")
+
+
+def _check(name: str, needs: dict[str, bool], dtype: torch.dtype) -> None:
     failed = [need for need, met in needs.items() if not met]
     if failed:
-        raise ValueError(f"haar: needs {'; '.join(failed)}")
+        raise ValueError(f"{name}: needs {'; '.join(failed)}")
+    check_dtype(dtype)
 
 
-def _signal(u: ArrayLike, length: int) -> Float[np.ndarray, "batch token"]:
+def _signal(u: ArrayLike, length: int, limit: float) -> Float[np.ndarray, "batch token"]:
     array = np.asarray(u, dtype=np.float64)
     if array.ndim != 2 or array.shape[1] != length:
-        raise ValueError(f"haar: u must be (batch, token) with {length} tokens, got shape {array.shape}")
+        raise ValueError(f"u must be (batch, token) with {length} tokens, got shape {array.shape}")
     if not np.isfinite(array).all():
-        raise ValueError("haar: u holds values that are not finite")
+        raise ValueError("u holds values that are not finite")
+    if array.size and not np.abs(array).max() < limit:
+        raise ValueError(f"needs |u| < {limit:g}, so that eps |u| < beta / 2 (got {np.abs(array).max():g})")
     return array
 
 
-def _inputs(u: ArrayLike, *, length: int, model: int, dtype: torch.dtype) -> Tensor:
+def _inputs(u: ArrayLike, *, layout: Layout, limit: float, dtype: torch.dtype) -> Tensor:
     """Return the hidden states (batch, token, model): u_t, t/T, 1 and zeros."""
-    signal = _signal(u, length)
-    hidden = np.zeros((*signal.shape, model))
-    hidden[..., 0], hidden[..., 1], hidden[..., 2] = signal, np.arange(length) / length, 1
+    signal = _signal(u, layout.length, limit)
+    hidden = np.zeros((*signal.shape, layout.model))
+    hidden[..., 0], hidden[..., 1], hidden[..., 2] = signal, np.arange(layout.length) / layout.length, 1
     return torch.tensor(hidden, dtype=dtype)
 
 
-def _expected(u: ArrayLike, *, length: int, windows: int, model: int) -> Float[np.ndarray, "batch model"]:
+def _expected(
+    u: ArrayLike, *, layout: Layout, limit: float, truth: Callable[[np.ndarray, int], np.ndarray]
+) -> Float[np.ndarray, "batch model"]:
+    outputs = truth(_signal(u, layout.length, limit), layout.windows)
+    return np.pad(outputs, [(0, 0), (0, layout.model - layout.windows)])
+
+
+def _coefficients(signal: np.ndarray, windows: int) -> np.ndarray:
     """Return the coefficients in pywt's order, coarsest first."""
     import pywt
 
-    signal = _signal(u, length)
-    coefficients = np.concatenate(pywt.wavedec(signal, "haar", level=length.bit_length() - 1), axis=1)
-    return np.pad(coefficients[:, :windows], [(0, 0), (0, model - windows)])
+    levels = signal.shape[1].bit_length() - 1
+    return np.concatenate(pywt.wavedec(signal, "haar", level=levels), axis=1)[:, :windows]
+
+
+def _sums(signal: np.ndarray, windows: int) -> np.ndarray:
+    return signal.reshape(len(signal), windows, -1).sum(-1)

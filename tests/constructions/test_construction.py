@@ -5,15 +5,23 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import MambaForCausalLM
 
-from mamba_probe.constructions import haar, keep_nth, mqar
+from mamba_probe.constructions import haar, induction, keep_nth, mqar, mqar_gated
 
 BUILDERS = {
     "haar": lambda **more: haar(length=16, levels=2, **more),
     "keep_nth": lambda **more: keep_nth(n_tokens=4, length=16, n=3, **more),
     "mqar": lambda **more: mqar(n_keys=8, n_values=8, **more),
+    "mqar, mamba2": lambda **more: mqar("mamba2", n_keys=8, n_values=8, key_code="constant-weight", **more),
+    "mqar, overwrite": lambda **more: mqar(n_keys=8, n_values=8, writes="overwrite", **more),
+    "mqar, random": lambda **more: mqar(n_keys=8, n_values=8, key_code="random", bits=(6, 5), seed=0, **more),
+    "mqar_gated": lambda **more: mqar_gated(n_keys=8, n_values=8, n_pairs=2, length=16, **more),
+    "induction": lambda **more: induction(n_tokens=5, **more),
+    "induction, special": lambda **more: induction("special", n_tokens=5, **more),
+    "induction, special, mamba2": lambda **more: induction("special", "mamba2", n_tokens=5, **more),
+    "induction, mamba2": lambda **more: induction("every", "mamba2", n_tokens=5, **more),
 }
+LANGUAGE = [name for name in BUILDERS if name.startswith(("mqar", "induction")) and name != "mqar_gated"]
 
 
 @pytest.fixture(params=BUILDERS)
@@ -42,11 +50,12 @@ def test_bare_mixers_save_their_own_names(tmp_path):
     assert {"A_log", "D", "conv1d.weight", "dt_proj.bias"} <= load_file(tmp_path / "model.safetensors").keys()
 
 
-def test_transformers_reads_the_saved_language_model(tmp_path):
-    construction = BUILDERS["mqar"]()
-    model, info = MambaForCausalLM.from_pretrained(construction.save(tmp_path), output_loading_info=True)
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_transformers_reads_the_saved_language_model(name, tmp_path):
+    construction = BUILDERS[name]()
+    model, info = type(construction.model).from_pretrained(construction.save(tmp_path), output_loading_info=True)
     assert not any(info.values())
-    ids = torch.arange(16)[None]
+    ids = torch.arange(16)[None] % construction.model.config.vocab_size
     with torch.no_grad():
         assert torch.equal(model(ids).logits, construction.model(ids).logits)
 
@@ -74,8 +83,8 @@ def test_skip_connection_is_off_and_model_in_eval_mode(build):
     construction = build()
     assert not construction.model.training
     skips = [value for name, value in construction.model.state_dict().items() if name.rpartition(".")[2] == "D"]
-    assert len(skips) == 1
-    assert not skips[0].any()
+    shifts = construction.model.config.num_hidden_layers == 2  # the previous token goes past the first state
+    assert [bool(skip.any()) for skip in skips] == ([True, False] if shifts else [False])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -96,7 +105,8 @@ def test_randomised_twin_has_the_sizes_and_other_weights(build, dtype):
 
 def test_channels_are_one_label_each(build):
     construction = build()
-    assert len(construction.channels) == construction.model.config.intermediate_size
+    config = construction.model.config
+    assert len(construction.channels) == config.num_hidden_layers * config.expand * config.hidden_size
 
 
 def test_describe_says_size_claim_and_bound():

@@ -119,7 +119,7 @@ def test_one_broken_weight_breaks_it(name):
         ({"levels": 0}, r"levels >= 1 \(got 0\)"),
         ({"beta": -1.0}, r"beta > 0 and finite \(got -1.0\)"),
         ({"beta": float("nan")}, r"beta > 0 and finite \(got nan\)"),
-        ({"variant": "A"}, r"variant='A' is not supported; use variant=\"flat-x\""),
+        ({"variant": "A"}, r"variant='A' is not supported, expected one of \['flat-x'"),
         ({"dtype": torch.bfloat16}, "expected torch.float32 or torch.float64, got torch.bfloat16"),
     ],
 )

@@ -103,7 +103,7 @@ def test_one_broken_weight_breaks_it(name, index, factor):
         ({"length": 100, "n": 3}, r"length a power of two \(got 100\)"),
         ({"n_tokens": 0}, r"n_tokens >= 1 \(got 0\)"),
         ({"beta": 0.0}, r"beta > 0 and finite \(got 0.0\)"),
-        ({"profile": "event"}, r"profile='event' is not supported; use profile=\"ramp\""),
+        ({"profile": "events"}, r"profile='events' is not supported, expected one of \['ramp', 'event'\]"),
         ({"dtype": torch.float16}, "got torch.float16"),
     ],
 )

@@ -78,7 +78,8 @@ def measure_parity(
             native = model(**keywords)
         mask = keywords.get("attention_mask")
         data["logits_vs_native"] = ((), error(probed.logits, native.logits, None if mask is None else mask.bool()))
-    return xr.Dataset(data, {"layer": layers}, provenance.of_model(model, "parity") | {"error": MEANING})
+    over = f"{MEANING}; {given.batch} row(s) of up to {given.length} tokens"
+    return xr.Dataset(data, {"layer": layers}, provenance.of_model(model, "parity") | {"error": over})
 
 
 def _compare(adapter: MixerAdapter, emitted: _Emitted, rows: dict[int, dict[str, float]]) -> Callable[..., None]:

@@ -69,6 +69,16 @@ def test_a_censored_median_is_a_bound_and_each_layer_speaks_for_itself():
     assert shares["layer 3: horizons beyond the recording"] != "100%"
 
 
+def test_a_gain_whose_horizon_is_censored_is_a_bound():
+    steps = np.r_[[20.0] * 10, [1e-6] * 54]  # erased at first, then held: the mean would forget in one token
+    said = finding("memory_horizon", memory_horizon.measure(make_trace([steps.tolist()] * 3)))
+    gain = next(row for row in said.rows if "gain" in row.what)
+    least = sorted([1] * 9 + list(range(1, 56)))  # nine tokens die at once, the others outlast the row
+    assert gain.value == f"at least {least[31]}"
+    assert gain.null.startswith("time-invariant 1; shuffled ")
+    assert "beyond" not in gain.null
+
+
 def test_a_dead_layer_is_named_beside_a_live_one():
     trace = make_trace([[0.05] * 32] * 2, n_layers=2)
     trace["C"][1] = 0.0

@@ -34,9 +34,10 @@ def load(
     """Load a checkpoint as a live transformers module in eval mode.
 
     The format is recognised by config.json and the tensors' names: transformers (MambaForCausalLM, MambaModel,
-    Mamba2ForCausalLM, Mamba2Model), original state-spaces (Mamba-1 and Mamba-2), or a bare mixer (MambaMixer,
-    Mamba2Mixer). Every weight comes from the file: a missing, unexpected or mis-shaped one is an error. Code that
-    comes with a checkpoint is never run. Where a directory holds both, safetensors are read and .bin are not.
+    Mamba2ForCausalLM, Mamba2Model), original state-spaces (Mamba-1 and Mamba-2), a bare mixer (MambaMixer,
+    Mamba2Mixer), or a model of `mamba_probe.blocks`, as constructions save their S4D. Every weight comes from the
+    file: a missing, unexpected or mis-shaped one is an error. Code that comes with a checkpoint is never run. Where a
+    directory holds both, safetensors are read and .bin are not.
     The module's `_mamba_probe_source` says where it came from: source, format and the weight files' sha256.
 
     Source: ours.

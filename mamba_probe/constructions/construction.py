@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from mamba_probe.constructions.block import fresh
+from mamba_probe import blocks
+from mamba_probe.constructions.tables import fresh
 
 __all__ = ["Construction"]
 
@@ -25,7 +26,8 @@ class Construction:
 
     Arguments:
         name: name of the builder.
-        model: `MambaMixer`, `Mamba2Mixer`, `MambaForCausalLM` or `Mamba2ForCausalLM`, in eval mode.
+        model: `MambaMixer`, `Mamba2Mixer`, `MambaForCausalLM` or `Mamba2ForCausalLM` of transformers, or a block or
+            language model of `mamba_probe.blocks` (S4D, and Mamba-2 without its norm), in eval mode.
         inputs: turns the task's input into what `model` takes.
         expected: turns the task's input into the model's output at the last token (batch, model), or None.
         read_out: the matrix (kernel, channel) that turns the channels' kernels of the last token into kernels of the
@@ -66,15 +68,25 @@ class Construction:
 
     @property
     def _config(self) -> Any:
-        return self.model.config
+        return getattr(self.model, "config", None) or blocks.config_of(self.model)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes of a block: model, channel, state, then rank (Mamba-1) or head (Mamba-2), and layer if several."""
+        config = self._config
+        if isinstance(config, dict):
+            first, layers = config["mixers"][0], len(config["mixers"])
+            names = {"model": "d_model", "channel": "d_inner", "state": "d_state", "rank": "dt_rank", "head": "n_heads"}
+            sizes = {name: first[own] for name, own in names.items() if own in first}
+        else:
+            layers = config.num_hidden_layers
+            sizes = {"model": config.hidden_size, "channel": config.expand * config.hidden_size}
+            sizes |= {"state": config.state_size}
+            sizes |= {"head": config.num_heads} if config.model_type == "mamba2" else {"rank": config.time_step_rank}
+        return sizes | ({"layer": layers} if layers > 1 else {})
 
     def __repr__(self) -> str:
-        config = self._config
-        sizes = {"model": config.hidden_size, "channel": config.expand * config.hidden_size}
-        sizes |= {"state": config.state_size}
-        sizes |= {"head": config.num_heads} if config.model_type == "mamba2" else {"rank": config.time_step_rank}
-        sizes |= {"layer": config.num_hidden_layers} if config.num_hidden_layers > 1 else {}
-        listed = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        listed = ", ".join(f"{name}={size}" for name, size in self.sizes.items())
         dtype = str(self.dtype).removeprefix("torch.")
         return f"Construction({self.name}: {type(self.model).__name__}, {listed}, {dtype})"
 
@@ -84,14 +96,14 @@ class Construction:
         return f"{self!r}\n{self.claim}\nerror bound: {bound}\nchannels: {', '.join(_grouped(self.channels))}"
 
     def randomised(self, seed: int) -> "Construction":
-        """Return the twin of equal sizes with transformers' own initial weights, each perturbed: a null.
+        """Return the twin of equal sizes with the library's initial weights, each perturbed: a null.
 
         `inputs`, `expected` and `read_out` stay those of the construction; the twin fails them.
 
         Arguments:
             seed: of the weights; the global seed is left alone.
         """
-        model = fresh(self._config, seed)
+        model = fresh(self._config, seed).to(self.dtype)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -115,8 +127,10 @@ class Construction:
         if there and not overwrite:
             raise ValueError(f"{target} holds {' and '.join(there)}: name another directory, or pass overwrite=True")
         target.mkdir(parents=True, exist_ok=True)
-        config = self._config.to_diff_dict()
-        del config["transformers_version"]
+        config = self._config
+        if not isinstance(config, dict):
+            config = config.to_diff_dict()
+            del config["transformers_version"]
         files[0].write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         weights = {name: weight.contiguous() for name, weight in self.model.state_dict().items()}
         files[1].write_bytes(save(weights, metadata={"format": "pt"}))

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from mamba_probe.constructions.block import INVERSE_SOFTPLUS_ONE, SILU_ONE, Block
 from mamba_probe.constructions.haar_layout import LOG_DECAY, ONE, Layout, Plan
+from mamba_probe.constructions.tables import INVERSE_SOFTPLUS_ONE, SILU_ONE, MambaTable
 
 __all__ = ["flat_b", "flat_x"]
 
@@ -52,7 +52,7 @@ def flat_b(layout: Layout, beta: float) -> Plan:
     return Plan(block, labels, _bound(layout, beta), CLAIM_B)
 
 
-def _ramps(block: Block, layout: Layout, beta: float) -> list[str]:
+def _ramps(block: MambaTable, layout: Layout, beta: float) -> list[str]:
     """Write the ramps that open and close the windows into the first channels, with their way into delta."""
     knot, knots = layout.knots, layout.windows - 1
     down, up = np.arange(knots), knots + np.arange(knots)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from mamba_probe.constructions.block import CONV_KERNEL, Block
+from mamba_probe.constructions.tables import CONV_KERNEL, MambaTable
 
 __all__ = ["LOG_DECAY", "ONE", "SHIFT", "Layout", "Plan", "haar_rows"]
 
@@ -52,9 +52,9 @@ class Layout:
         """The same outputs from the sums S_a of u over all tokens from a window's first one on."""
         return np.diff(self.rows, axis=1, prepend=0.0)
 
-    def block(self, channels: int, rank: int) -> Block:
+    def block(self, channels: int, rank: int) -> MambaTable:
         """Return a block with room for `channels`, every weight zero but the convolution's, which is the identity."""
-        block = Block.zeros(self.model, -(-channels // self.model) * self.model, state=1, rank=rank)
+        block = MambaTable.zeros(self.model, -(-channels // self.model) * self.model, state=1, rank=rank)
         block.conv[:channels] = np.eye(1, CONV_KERNEL)
         return block
 
@@ -77,7 +77,7 @@ class Plan:
         limit: |u| must stay under it.
     """
 
-    block: Block
+    block: MambaTable
     channels: list[str]
     bound: float
     claim: str

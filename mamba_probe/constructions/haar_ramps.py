@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from mamba_probe.constructions.block import INVERSE_SOFTPLUS_ONE, Block
 from mamba_probe.constructions.haar_layout import LOG_DECAY, ONE, SHIFT, Layout, Plan
+from mamba_probe.constructions.tables import INVERSE_SOFTPLUS_ONE, MambaTable
 
 __all__ = ["AMPLITUDE", "delta", "ramps"]
 
@@ -60,7 +60,7 @@ def delta(layout: Layout, beta: float) -> Plan:
     return Plan(block, labels, _delta_bound(layout, beta), CLAIM_DELTA, limit=AMPLITUDE)
 
 
-def _features(block: Block, layout: Layout) -> None:
+def _features(block: MambaTable, layout: Layout) -> None:
     """Write u, -u and t + SHIFT into the first three channels, the position also into delta."""
     block.in_proj_x[0, 0], block.in_proj_x[1, 0] = 1, -1
     block.in_proj_x[2, 1], block.conv_bias[2] = layout.length, SHIFT

@@ -5,7 +5,6 @@ from functools import partial
 import numpy as np
 import torch
 
-from mamba_probe.constructions.block import Block, check_dtype
 from mamba_probe.constructions.construction import Construction
 from mamba_probe.constructions.induction_tables import (
     GAIN,
@@ -14,8 +13,8 @@ from mamba_probe.constructions.induction_tables import (
     special_mamba1,
     special_mamba2,
 )
-from mamba_probe.constructions.mamba2_block import Mamba2Block
 from mamba_probe.constructions.recall_language import EPSILON, as_ids, language_model
+from mamba_probe.constructions.tables import Mamba2Table, MambaTable, check_dtype
 
 __all__ = ["induction"]
 
@@ -100,7 +99,7 @@ def _scale(square: float, features: int) -> float:
 
 def _tables(
     kind: str, mixer: str, n_tokens: int, special: int
-) -> tuple[list[Block] | list[Mamba2Block] | list[Block | Mamba2Block], list[str]]:
+) -> tuple[list[MambaTable] | list[Mamba2Table] | list[MambaTable | Mamba2Table], list[str]]:
     if kind == "every" and mixer == "mamba2":
         return every_mamba2(n_tokens)
     if kind == "every":

@@ -4,9 +4,8 @@ import math
 
 import numpy as np
 
-from mamba_probe.constructions.block import SILU_ONE, Block, silu
-from mamba_probe.constructions.mamba2_block import Mamba2Block
 from mamba_probe.constructions.recall_language import EPSILON
+from mamba_probe.constructions.tables import SILU_ONE, Mamba2Table, MambaTable, silu
 
 __all__ = ["GAIN", "every_mamba1", "every_mamba2", "special_mamba1", "special_mamba2"]
 
@@ -17,9 +16,13 @@ SMALL = 1e-9  # delta where Mamba-2 is to keep what it holds
 KEPT = 0.25  # share of the memory that the special token leaves in Mamba-2; below 1/2, so that the newest wins
 
 
-def special_mamba1(n_tokens: int, special: int) -> tuple[Block, list[str]]:
+def special_mamba1(n_tokens: int, special: int) -> tuple[MambaTable, list[str]]:
     """Return the weights that keep the token after `special`, and what each channel is for."""
-    block, tokens, norm = Block.zeros(n_tokens, 2 * n_tokens, state=1, rank=1), np.arange(n_tokens), _norm(1, n_tokens)
+    block, tokens, norm = (
+        MambaTable.zeros(n_tokens, 2 * n_tokens, state=1, rank=1),
+        np.arange(n_tokens),
+        _norm(1, n_tokens),
+    )
     after, one = n_tokens, n_tokens + 1
     block.in_proj_x[tokens, tokens] = block.in_proj_x[after, special] = norm
     block.in_proj_z[tokens, special] = GATE * norm
@@ -31,12 +34,12 @@ def special_mamba1(n_tokens: int, special: int) -> tuple[Block, list[str]]:
     return block, labels + ["padding"] * (n_tokens - 2)
 
 
-def special_mamba2(n_tokens: int, special: int) -> tuple[Mamba2Block, list[str]]:
+def special_mamba2(n_tokens: int, special: int) -> tuple[Mamba2Table, list[str]]:
     """Return the weights of one head: `special` shrinks the memory, the token after it is added; and the channels.
 
     What is read is so small (SMALL) that the gated norm only divides it by the square root of its epsilon.
     """
-    block, norm = Mamba2Block.zeros(n_tokens, n_tokens, state=1, head=1), _norm(1, n_tokens)
+    block, norm = Mamba2Table.zeros(n_tokens, n_tokens, state=1, head=1), _norm(1, n_tokens)
     others = np.delete(np.arange(n_tokens), special)
     block.in_proj_x[others, others] = block.in_proj_B[0, special] = norm
     block.in_proj_z[others, special] = GATE * norm
@@ -50,13 +53,13 @@ def special_mamba2(n_tokens: int, special: int) -> tuple[Mamba2Block, list[str]]
     return block, labels
 
 
-def every_mamba1(n_tokens: int) -> tuple[Block, list[str]]:
+def every_mamba1(n_tokens: int) -> tuple[MambaTable, list[str]]:
     """Return the weights that keep, for each token, the one after its last occurrence; and what each channel is for.
 
     Channel (i, j) holds whether j followed i; delta is ERASE after i, e^-ERASE elsewhere.
     """
     stored, tokens = n_tokens**2, np.arange(n_tokens)
-    block, norm = Block.zeros(n_tokens, (n_tokens + 2) * n_tokens, state=1, rank=n_tokens), _norm(1, n_tokens)
+    block, norm = MambaTable.zeros(n_tokens, (n_tokens + 2) * n_tokens, state=1, rank=n_tokens), _norm(1, n_tokens)
     after, one = stored + tokens, stored + n_tokens
     for token, channels in enumerate(np.arange(stored).reshape(n_tokens, n_tokens)):
         block.in_proj_x[channels, tokens] = norm
@@ -72,13 +75,13 @@ def every_mamba1(n_tokens: int) -> tuple[Block, list[str]]:
     return block, labels + ["padding"] * (n_tokens - 1)
 
 
-def every_mamba2(n_tokens: int) -> tuple[list[Mamba2Block], list[str]]:
+def every_mamba2(n_tokens: int) -> tuple[list[Mamba2Table], list[str]]:
     """Return the weights of two layers, one head a token, and what each channel of the first and second is for.
 
     The features are the current token and, after the first layer, the previous one.
     """
     head_dim = 2 * -(-n_tokens // 2)
-    layers = [Mamba2Block.zeros(2 * n_tokens, n_tokens * head_dim, state=1, head=n_tokens) for _ in range(2)]
+    layers = [Mamba2Table.zeros(2 * n_tokens, n_tokens * head_dim, state=1, head=n_tokens) for _ in range(2)]
     _shift(layers[0], n_tokens)
     _hold(layers[1], n_tokens, head_dim)
     padding = ["padding"] * (head_dim - n_tokens)
@@ -89,7 +92,7 @@ def every_mamba2(n_tokens: int) -> tuple[list[Mamba2Block], list[str]]:
     return layers, labels
 
 
-def _shift(block: Mamba2Block, n_tokens: int) -> None:
+def _shift(block: Mamba2Table, n_tokens: int) -> None:
     """Write a layer that adds the previous token's code to the features: the convolution's lag 1, past the state."""
     tokens, channel, model = np.arange(n_tokens), block.norm.size, 2 * n_tokens
     norm = _norm(1, model)
@@ -101,7 +104,7 @@ def _shift(block: Mamba2Block, n_tokens: int) -> None:
     block.out_proj[n_tokens + tokens, tokens] = _norm(read**2, channel) / read
 
 
-def _hold(block: Mamba2Block, n_tokens: int, head_dim: int) -> None:
+def _hold(block: Mamba2Table, n_tokens: int, head_dim: int) -> None:
     """Write a layer whose head i keeps the token after i: delta is ERASE after i, e^-ERASE elsewhere."""
     tokens, channel, model = np.arange(n_tokens), block.norm.size, 2 * n_tokens
     norm = _norm(2, model)

@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from mamba_probe.constructions.block import SILU_ONE, Block, check_dtype, pour
 from mamba_probe.constructions.construction import Construction
+from mamba_probe.constructions.tables import SILU_ONE, MambaTable, check_dtype, mixer_of
 
 __all__ = ["keep_nth", "ramp_bound"]
 
@@ -78,7 +78,7 @@ def keep_nth(
     feature = np.arange(length) / length if ramp else np.eye(1, length, n)[0]
     return Construction(
         name="keep_nth" if ramp else "keep_nth event",
-        model=pour(block.config(dtype, architectures=["MambaMixer"]), block.state_dict(dtype)),
+        model=mixer_of(block, dtype),
         inputs=partial(_inputs, n_tokens=n_tokens, feature=feature, dtype=dtype),
         expected=partial(_expected, n_tokens=n_tokens, length=length, n=n),
         read_out=None,
@@ -106,7 +106,7 @@ def ramp_bound(beta: float) -> float:
     return older + (2 / beta + 1) * math.exp(-beta / 2) / -math.expm1(-beta)
 
 
-def _ramp(n_tokens: int, length: int, n: int, beta: float) -> Block:
+def _ramp(n_tokens: int, length: int, n: int, beta: float) -> MambaTable:
     block, tokens, position = _values(n_tokens)
     block.in_proj_x[position, position], block.conv_bias[position] = length, SHIFT
     block.x_proj_dt[0, position] = 1
@@ -115,7 +115,7 @@ def _ramp(n_tokens: int, length: int, n: int, beta: float) -> Block:
     return block
 
 
-def _event(n_tokens: int, beta: float) -> Block:
+def _event(n_tokens: int, beta: float) -> MambaTable:
     block, tokens, marker = _values(n_tokens)
     block.in_proj_x[marker, marker] = 1
     block.x_proj_dt[0, marker] = 1 / SILU_ONE
@@ -124,10 +124,10 @@ def _event(n_tokens: int, beta: float) -> Block:
     return block
 
 
-def _values(n_tokens: int) -> tuple[Block, np.ndarray, int]:
+def _values(n_tokens: int) -> tuple[MambaTable, np.ndarray, int]:
     """Return a block whose first channels hold the one-hot token, with B = C = 1, the last one 1; then the free one."""
     size, tokens, one = n_tokens + 2, np.arange(n_tokens), n_tokens + 1
-    block = Block.zeros(size, size, state=1, rank=1)
+    block = MambaTable.zeros(size, size, state=1, rank=1)
     block.conv[:, 0] = 1
     block.in_proj_x[tokens, tokens] = block.in_proj_x[one, one] = 1
     block.in_proj_z[tokens, one] = 1

@@ -7,13 +7,12 @@ from functools import partial
 import numpy as np
 import torch
 
-from mamba_probe.constructions.block import Block, check_dtype
 from mamba_probe.constructions.construction import Construction
-from mamba_probe.constructions.mamba2_block import Mamba2Block
 from mamba_probe.constructions.recall_codes import Codes, codes_of
 from mamba_probe.constructions.recall_language import EPSILON, as_ids, language_model
 from mamba_probe.constructions.recall_random import random_tables
 from mamba_probe.constructions.recall_tables import LOG_DECAY, mamba1_table, mamba2_table, overwrite_table
+from mamba_probe.constructions.tables import Mamba2Table, MambaTable, check_dtype
 
 __all__ = ["mqar"]
 
@@ -127,7 +126,7 @@ def mqar(
     )
 
 
-def _table(codes: Codes, mixer: str, writes: str) -> tuple[Block | Mamba2Block, list[str]]:
+def _table(codes: Codes, mixer: str, writes: str) -> tuple[MambaTable | Mamba2Table, list[str]]:
     if writes == "overwrite":
         return overwrite_table(codes)
     log_decay = math.log(-math.log(KEPT)) if writes == "last" else LOG_DECAY

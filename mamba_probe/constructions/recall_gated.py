@@ -9,11 +9,11 @@ from jaxtyping import Int
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from mamba_probe.constructions.block import Block, check_dtype, pour
 from mamba_probe.constructions.construction import Construction
 from mamba_probe.constructions.recall_codes import Codes, codes_of
 from mamba_probe.constructions.recall_language import as_ids
 from mamba_probe.constructions.recall_tables import LOG_DECAY, WRITE, mamba1_table
+from mamba_probe.constructions.tables import MambaTable, check_dtype, mixer_of
 
 __all__ = ["mqar_gated"]
 
@@ -72,7 +72,7 @@ def mqar_gated(
     block = _gated(table, n_pairs, length, beta)
     return Construction(
         name="mqar_gated",
-        model=pour(block.config(dtype, architectures=["MambaMixer"]), block.state_dict(dtype)),
+        model=mixer_of(block, dtype),
         inputs=partial(_inputs, codes=codes, length=length, dtype=dtype),
         expected=None,
         read_out=None,
@@ -83,12 +83,12 @@ def mqar_gated(
     )
 
 
-def _gated(table: Block, n_pairs: int, length: int, beta: float) -> Block:
+def _gated(table: MambaTable, n_pairs: int, length: int, beta: float) -> MambaTable:
     """Return the table with a feature t/T, a channel for the ramp and one of padding."""
     more, arrays = {"model": 1, "channel": 2}, {}
-    for name, hint in Block.__annotations__.items():
+    for name, hint in MambaTable.__annotations__.items():
         arrays[name] = np.pad(getattr(table, name), [(0, more.get(dim, 0)) for dim in hint.dim_str.split()])
-    block = Block(**arrays)
+    block = MambaTable(**arrays)
     ramp, position = table.D.size, table.out_proj.shape[0]
     block.in_proj_x[ramp, position], block.conv_bias[ramp] = beta * length, beta * (0.5 - 2 * n_pairs)
     block.conv[ramp, 0] = 1

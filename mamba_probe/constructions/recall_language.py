@@ -9,8 +9,7 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from mamba_probe.constructions.block import Block, pour
-from mamba_probe.constructions.mamba2_block import Mamba2Block
+from mamba_probe.constructions.tables import Mamba2Table, MambaTable, Table, pour
 
 __all__ = ["EPSILON", "as_ids", "language_model"]
 
@@ -18,22 +17,12 @@ EPSILON = 1e-5  # of the RMS norms
 
 
 def language_model(
-    blocks: Sequence[Block | Mamba2Block],
+    blocks: Sequence[Table],
     embedding: Float[np.ndarray, "token model"],
     head: Float[np.ndarray, "token model"],
     dtype: torch.dtype,
 ) -> nn.Module:
-    """Return the `MambaForCausalLM` or `Mamba2ForCausalLM` of these blocks, one a layer, every norm's scale one."""
-    name = "Mamba2ForCausalLM" if isinstance(blocks[0], Mamba2Block) else "MambaForCausalLM"
-    layers: dict[str, Any] = {"num_hidden_layers": len(blocks)} if len(blocks) > 1 else {}
-    config = blocks[0].config(
-        dtype,
-        architectures=[name],
-        vocab_size=len(embedding),
-        layer_norm_epsilon=EPSILON,
-        tie_word_embeddings=False,
-        **layers,
-    )
+    """Return the `MambaForCausalLM` or `Mamba2ForCausalLM` of these blocks, ours for S4D; all norms' scales are one."""
     ones = np.ones(embedding.shape[1])
     around = {"backbone.embeddings.weight": embedding, "backbone.norm_f.weight": ones, "lm_head.weight": head}
     weights: dict[str, Tensor] = {}
@@ -41,7 +30,24 @@ def language_model(
         around[f"backbone.layers.{index}.norm.weight"] = ones
         inside = block.state_dict(dtype).items()
         weights |= {f"backbone.layers.{index}.mixer.{name}": weight for name, weight in inside}
-    return pour(config, weights | {name: torch.tensor(array, dtype=dtype) for name, array in around.items()})
+    weights |= {name: torch.tensor(array, dtype=dtype) for name, array in around.items()}
+    return pour(_config(blocks, len(embedding), dtype), weights)
+
+
+def _config(blocks: Sequence[Table], vocab: int, dtype: torch.dtype) -> Any:
+    first = blocks[0]
+    if not isinstance(first, MambaTable | Mamba2Table):
+        return {"mixers": [block.own for block in blocks], "vocab_size": vocab}
+    name = "Mamba2ForCausalLM" if isinstance(first, Mamba2Table) else "MambaForCausalLM"
+    layers: dict[str, Any] = {"num_hidden_layers": len(blocks)} if len(blocks) > 1 else {}
+    return first.config(
+        dtype,
+        architectures=[name],
+        vocab_size=vocab,
+        layer_norm_epsilon=EPSILON,
+        tie_word_embeddings=False,
+        **layers,
+    )
 
 
 def as_ids(input_ids: ArrayLike, *, name: str, vocab: int) -> Tensor:

@@ -5,9 +5,9 @@ import math
 import numpy as np
 from jaxtyping import Float
 
-from mamba_probe.constructions.block import INVERSE_SOFTPLUS_ONE, SILU_ONE, Block, silu
 from mamba_probe.constructions.recall_language import EPSILON
 from mamba_probe.constructions.recall_tables import GATE, LOG_DECAY, WRITE
+from mamba_probe.constructions.tables import INVERSE_SOFTPLUS_ONE, SILU_ONE, MambaTable, silu
 
 __all__ = ["random_tables"]
 
@@ -17,7 +17,7 @@ MEAN = silu(1.0) + silu(-1.0)
 
 def random_tables(
     n_keys: int, n_values: int, key_bits: int, value_bits: int, seed: int
-) -> tuple[Block, Float[np.ndarray, "token model"], Float[np.ndarray, "token model"], list[str]]:
+) -> tuple[MambaTable, Float[np.ndarray, "token model"], Float[np.ndarray, "token model"], list[str]]:
     """Return the weights of the block, the embedding, lm_head, and what each channel is for.
 
     The features are key bits, value bits, 1 at a key, 1 at a value; the filler has none.
@@ -33,9 +33,9 @@ def random_tables(
     return _block(key_bits, value_bits), embedding, head, _labels(key_bits, value_bits)
 
 
-def _block(key_bits: int, value_bits: int) -> Block:
+def _block(key_bits: int, value_bits: int) -> MambaTable:
     model, keys, values = key_bits + value_bits + 2, np.arange(key_bits), np.arange(value_bits)
-    block, features = Block.zeros(model, 2 * model, state=key_bits, rank=1), key_bits + values
+    block, features = MambaTable.zeros(model, 2 * model, state=key_bits, rank=1), key_bits + values
     previous, current, value = keys, key_bits + keys, 2 * key_bits + values
     after_key, at_key, at_value = 2 * key_bits + value_bits + np.arange(3)
     key_norm, value_norm = (math.sqrt((bits + 1) / model + EPSILON) for bits in (key_bits, value_bits))

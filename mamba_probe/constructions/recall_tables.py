@@ -4,10 +4,9 @@ import math
 
 import numpy as np
 
-from mamba_probe.constructions.block import INVERSE_SOFTPLUS_ONE, SILU_ONE, Block, silu
-from mamba_probe.constructions.mamba2_block import Mamba2Block
 from mamba_probe.constructions.recall_codes import Codes
 from mamba_probe.constructions.recall_language import EPSILON
+from mamba_probe.constructions.tables import INVERSE_SOFTPLUS_ONE, SILU_ONE, Mamba2Table, MambaTable, silu
 
 __all__ = ["GATE", "LOG_DECAY", "WRITE", "mamba1_table", "mamba2_table", "overwrite_table"]
 
@@ -17,13 +16,15 @@ LOG_DECAY = -40.0  # A_log: no decay
 ERASE = 40.0  # delta of a write that erases, with A = -1
 
 
-def mamba1_table(codes: Codes, log_decay: float, norms: tuple[float, float] | None = None) -> tuple[Block, list[str]]:
+def mamba1_table(
+    codes: Codes, log_decay: float, norms: tuple[float, float] | None = None
+) -> tuple[MambaTable, list[str]]:
     """Return the weights, and what each channel is for: previous key, current key, value bits, padding.
 
     `norms` are those by which the norm before the block has divided a key and a value: the language model's, if None.
     """
     (n_keys, key_bits), bits, model = codes.key.shape, codes.value.shape[1], codes.model
-    block, keys = Block.zeros(model, 2 * model, state=key_bits, rank=1), np.arange(key_bits)
+    block, keys = MambaTable.zeros(model, 2 * model, state=key_bits, rank=1), np.arange(key_bits)
     previous, current, value = keys, key_bits + keys, 2 * key_bits + np.arange(bits)
     key_norm, value_norm = _norms(codes) if norms is None else norms
     block.in_proj_x[previous, keys] = block.in_proj_x[current, keys] = key_norm
@@ -40,10 +41,10 @@ def mamba1_table(codes: Codes, log_decay: float, norms: tuple[float, float] | No
     return block, labels + [f"value bit {bit}" for bit in range(bits)] + ["padding"] * bits
 
 
-def mamba2_table(codes: Codes, log_decay: float) -> tuple[Mamba2Block, list[str]]:
+def mamba2_table(codes: Codes, log_decay: float) -> tuple[Mamba2Table, list[str]]:
     """Return the weights of one head, and what each channel is for: value bits, padding."""
     key_bits, bits, model = codes.key.shape[1], codes.value.shape[1], codes.model
-    block, keys, value = Mamba2Block.zeros(model, model, state=key_bits, head=1), np.arange(key_bits), np.arange(bits)
+    block, keys, value = Mamba2Table.zeros(model, model, state=key_bits, head=1), np.arange(key_bits), np.arange(bits)
     key_norm, value_norm = _norms(codes)
     block.in_proj_B[keys, keys] = block.in_proj_C[keys, keys] = key_norm
     block.in_proj_x[value, key_bits + value] = value_norm
@@ -57,7 +58,7 @@ def mamba2_table(codes: Codes, log_decay: float) -> tuple[Mamba2Block, list[str]
     return block, [f"value bit {bit}" for bit in range(bits)] + ["padding"] * key_bits
 
 
-def overwrite_table(codes: Codes) -> tuple[Block, list[str]]:
+def overwrite_table(codes: Codes) -> tuple[MambaTable, list[str]]:
     """Return the weights, and what each channel is for: a bit of a key's value, previous key, one, padding.
 
     Channel (i, j) holds bit j of key i's value; delta is ERASE at a value that follows key i, e^-ERASE elsewhere.
@@ -65,7 +66,7 @@ def overwrite_table(codes: Codes) -> tuple[Block, list[str]]:
     n_keys, bits, model = codes.key.shape[1], codes.value.shape[1], codes.model
     asked, stored = np.arange(1, n_keys), (n_keys - 1) * bits
     expand = -(-(stored + n_keys) // model)
-    block = Block.zeros(model, expand * model, state=1, rank=n_keys)
+    block = MambaTable.zeros(model, expand * model, state=1, rank=n_keys)
     held = np.arange(stored).reshape(n_keys - 1, bits)
     previous, one = stored + np.arange(n_keys - 1), stored + n_keys - 1
     key_norm, value_norm = _norms(codes)

@@ -12,12 +12,12 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from mamba_probe.constructions.block import check_dtype, pour
 from mamba_probe.constructions.construction import Construction
 from mamba_probe.constructions.haar_decay import decay
 from mamba_probe.constructions.haar_flat import flat_b, flat_x
 from mamba_probe.constructions.haar_layout import Layout, Plan, haar_rows
 from mamba_probe.constructions.haar_ramps import delta, ramps
+from mamba_probe.constructions.tables import check_dtype, mixer_of
 
 __all__ = ["haar", "window_sums"]
 
@@ -169,7 +169,7 @@ def _construction(
     padding = plan.block.D.size - len(plan.channels)
     return Construction(
         name=name,
-        model=pour(plan.block.config(dtype, architectures=["MambaMixer"]), plan.block.state_dict(dtype)),
+        model=mixer_of(plan.block, dtype),
         inputs=partial(_inputs, layout=layout, limit=plan.limit, dtype=dtype),
         expected=partial(_expected, layout=layout, limit=plan.limit, truth=truth),
         read_out=plan.read_out,

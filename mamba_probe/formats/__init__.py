@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from mamba_probe.formats import hf, mixer, state_spaces
+from mamba_probe.formats import hf, mixer, own, state_spaces
 from mamba_probe.formats.recipe import Recipe
 
 __all__ = ["FORMATS", "LATER", "Format", "recognise", "refuse_family"]
@@ -32,7 +32,7 @@ class Format(Protocol):
         ...
 
 
-FORMATS: tuple[Format, ...] = (state_spaces, mixer, hf)
+FORMATS: tuple[Format, ...] = (state_spaces, own, mixer, hf)
 """Tried in this order; their conditions exclude each other."""
 
 LATER = (
@@ -42,7 +42,7 @@ LATER = (
 
 _SUPPORTED = (
     "supported are model_type 'mamba' and 'mamba2', original state-spaces checkpoints of Mamba1 and Mamba2, "
-    "and bare MambaMixer and Mamba2Mixer directories"
+    "bare MambaMixer and Mamba2Mixer directories, and 'mamba_probe' (our own blocks)"
 )
 
 
@@ -91,7 +91,7 @@ def refuse_family(config: Mapping[str, Any], where: str) -> None:
         ...
         ValueError: here: model_type 'gpt2' is not known to have a Mamba SSM layer; supported are ...
     """
-    if config.get("model_type", "mamba") not in ("mamba", "mamba2"):
+    if config.get("model_type", "mamba") not in ("mamba", "mamba2", own.NAME):
         raise ValueError(f"{where}: {_refusal(config)}; {_SUPPORTED}.")
 
 
@@ -102,6 +102,6 @@ def _refusal(config: Mapping[str, Any]) -> str:
     if str(kind).lower() == "mamba3":
         return f"model_type {kind!r} (Mamba-3) has another recurrence, which is not supported"
     code = " (its code, named by `auto_map`, is never run)" if "auto_map" in config else ""
-    near = get_close_matches(str(kind), ("mamba", "mamba2", *LATER), n=1)
+    near = get_close_matches(str(kind), ("mamba", "mamba2", own.NAME, *LATER), n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     return f"model_type {kind!r}{code} is not known to have a Mamba SSM layer{hint}"

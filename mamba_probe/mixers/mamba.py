@@ -87,8 +87,8 @@ def _scan(tap: Tap) -> Callable[..., Any]:
         result = tap.scan(
             hidden_states.transpose(1, 2)[..., None], dt.transpose(1, 2), A,
             B.transpose(1, 2)[:, :, None], C.transpose(1, 2)[:, :, None],
-            D=D, z=None if z is None else z.transpose(1, 2)[..., None],
-            bias=delta_bias, softplus=delta_softplus, limits=(0.0, float("inf")), state=None,
+            D, None if z is None else z.transpose(1, 2)[..., None],
+            delta_bias=delta_bias, delta_softplus=delta_softplus,
         )  # fmt: skip
         y = result.y[..., 0].transpose(1, 2)
         return (y, result.last_state[:, :, 0]) if return_last_state else y
@@ -103,8 +103,8 @@ def _step(tap: Tap) -> Callable[..., Tensor]:
     ) -> Tensor:  # fmt: skip
         result = tap.scan(
             hidden_states[:, None, :, None], dt[:, None], A, B[:, None, None], C[:, None, None],
-            D=None if D is None else D.float(), z=None if z is None else z[:, None, :, None],
-            bias=dt_bias, softplus=dt_softplus, limits=(0.0, float("inf")), state=state[:, :, None],
+            None if D is None else D.float(), None if z is None else z[:, None, :, None],
+            delta_bias=dt_bias, delta_softplus=dt_softplus, initial_state=state[:, :, None],
         )  # fmt: skip
         state.copy_(result.last_state[:, :, 0].to(state.dtype))
         return result.y[:, 0, :, 0]

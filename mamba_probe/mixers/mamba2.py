@@ -125,8 +125,8 @@ def _scan(tap: Tap) -> Callable[..., Any]:
         return_final_states: bool = False, **_options: Any,
     ) -> Any:  # fmt: skip
         result = tap.scan(
-            _wide(hidden_states), dt, A, B, C, D=D, z=None,
-            bias=dt_bias, softplus=dt_softplus, limits=(dt_limit[0], dt_limit[1]), state=initial_states,
+            _wide(hidden_states), dt, A, B, C, D, delta_bias=dt_bias, delta_softplus=dt_softplus,
+            delta_limits=(dt_limit[0], dt_limit[1]), initial_state=initial_states,
         )  # fmt: skip
         return (result.y, result.last_state) if return_final_states else result.y
 
@@ -141,8 +141,8 @@ def _step(tap: Tap) -> Callable[..., Tensor]:
         """The library repeats dt, A, D and the bias along a head's channels (and the state): one of each is enough."""
         result = tap.scan(
             _wide(hidden_states)[:, None], dt[:, None, :, 0], A[:, 0, 0], B[:, None], C[:, None],
-            D=None if D is None else D[:, 0], z=None, bias=None if dt_bias is None else dt_bias[:, 0],
-            softplus=dt_softplus, limits=(0.0, float("inf")), state=state,
+            None if D is None else D[:, 0], delta_bias=None if dt_bias is None else dt_bias[:, 0],
+            delta_softplus=dt_softplus, initial_state=state,
         )  # fmt: skip
         state.copy_(result.last_state.to(state.dtype))
         return result.y[:, 0].to(hidden_states.dtype)

@@ -16,6 +16,7 @@ __all__ = ["OPEN_GATE", "Call", "Listener", "Tap"]
 
 OPEN_GATE = 1.2784645427610738
 """The z with silu(z) = 1: where a library insists on a gate, this one is open."""
+NO_LIMITS = (0.0, float("inf"))
 
 
 @dataclass
@@ -70,30 +71,27 @@ class Tap:
         return any(edit.acts_on(target, self.layer) for edit in self.edits)
 
     def scan(
-        self, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, D: Tensor | None, z: Tensor | None,
-        bias: Tensor | None, softplus: bool, limits: tuple[float, float], state: Tensor | None,
+        self, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+        z: Tensor | None = None, *, delta_bias: Tensor | None = None, delta_softplus: bool = False,
+        delta_limits: tuple[float, float] = NO_LIMITS, initial_state: Tensor | None = None,
+        discretization: str = "euler", **_backend: Any,
     ) -> ScanResult:  # fmt: skip
-        """Our scan in place of the library's, in the scan's own layout, edited and recorded.
-
-        Args:
-            x, z: (batch, token, head, head_channel). dt: (batch, token, head), before bias and softplus.
-            A: (head, state) or (head,). B, C: (batch, token, group, state). D: (head,). bias: (head,).
-            state: (batch, head, head_channel, state) carried in, or None.
-        """
+        """Our scan in place of the mixer's, edited and recorded: `selective_scan` but for its backend, the tap's."""
         if self.touches("delta"):
-            dt = self.edited("delta", _step_size(dt, bias, softplus, limits))
-            bias, softplus, limits = None, False, (0.0, float("inf"))
+            delta = self.edited("delta", _step_size(delta, delta_bias, delta_softplus, delta_limits))
+            delta_bias, delta_softplus, delta_limits = None, False, NO_LIMITS
         B, C = self.edited("B", B), self.edited("C", C)
         gate = None if self.touches("gate") else z
         if x.dtype == torch.float64:  # the library rounds these to fp32 whatever the model is
-            A, D, bias = A.double(), None if D is None else D.double(), None if bias is None else bias.double()
+            A, D, delta_bias = _double(A), _double(D), _double(delta_bias)
         emit = self._wanted(x.shape[1])
+        state = None if initial_state is None else initial_state.to(_state_dtype(x))
         result = selective_scan(
-            x, dt, A, B, C, D, gate,
-            delta_bias=bias, delta_softplus=softplus, delta_limits=limits,
-            initial_state=None if state is None else state.to(_state_dtype(x)), emit=emit, backend=self.backend,
+            x, delta, A, B, C, D, gate,
+            delta_bias=delta_bias, delta_softplus=delta_softplus, delta_limits=delta_limits,
+            initial_state=state, discretization=discretization, emit=emit, backend=self.backend,
         )  # fmt: skip
-        self._note(result, emit, x, z, state)
+        self._note(result, emit, x, z, initial_state)
         return result
 
     def _wanted(self, length: int) -> Emit | None:
@@ -129,6 +127,10 @@ def emitted(emission: Emission) -> dict[str, Tensor]:
     """The tensors of an emission that were asked for, by name."""
     fields = vars(emission)
     return {name: tensor for name, tensor in fields.items() if tensor is not None}
+
+
+def _double(tensor: Tensor | None) -> Any:
+    return tensor if tensor is None or tensor.is_complex() else tensor.double()
 
 
 def _state_dtype(x: Tensor) -> torch.dtype:

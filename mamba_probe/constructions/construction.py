@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class Construction:
         channels: what each channel is for, layer after layer.
         claim: what the weights do, in words.
         answer: turns a bare mixer's output (batch, token, model) into predicted token ids (batch, token), or None.
+        states: what each state is for; a block's channels share them.
+        signatures: ideal value of each signature, by the name under which an analysis measures it.
 
     Example:
         >>> import numpy as np
@@ -60,6 +62,8 @@ class Construction:
     channels: list[str]
     claim: str
     answer: Callable[[Tensor], Int[np.ndarray, "batch token"]] | None = None
+    states: list[str] = field(default_factory=list)
+    signatures: dict[str, float] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -91,9 +95,14 @@ class Construction:
         return f"Construction({self.name}: {type(self.model).__name__}, {listed}, {dtype})"
 
     def describe(self) -> str:
-        """Return the sizes, the claim, the bound and the channels as text."""
-        bound = "none" if self.bound is None else f"{self.bound:.2g}"
-        return f"{self!r}\n{self.claim}\nerror bound: {bound}\nchannels: {', '.join(_grouped(self.channels))}"
+        """Return the sizes, the claim, the bound, the channels, the states and the ideal signatures as text."""
+        lines = {
+            "error bound": "none" if self.bound is None else f"{self.bound:.2g}",
+            "channels": ", ".join(_grouped(self.channels)),
+            "states": ", ".join(_grouped(self.states)),
+            "ideal signatures": ", ".join(f"{name} {value:.4g}" for name, value in self.signatures.items()),
+        }
+        return "\n".join([repr(self), self.claim, *(f"{name}: {text}" for name, text in lines.items() if text)])
 
     def randomised(self, seed: int) -> "Construction":
         """Return the twin of equal sizes with the library's initial weights, each perturbed: a null.
@@ -108,8 +117,9 @@ class Construction:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.02 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-        name, channels = f"{self.name}, randomised(seed={seed})", ["random"] * len(self.channels)
-        return replace(self, name=name, model=model, bound=None, channels=channels, claim="Nothing: a null.")
+        name, claim = f"{self.name}, randomised(seed={seed})", "Nothing: a null."
+        parts = {"channels": ["random"] * len(self.channels), "states": ["random"] * len(self.states)}
+        return replace(self, name=name, model=model, bound=None, claim=claim, signatures={}, **parts)
 
     def save(self, directory: str | Path, overwrite: bool = False) -> Path:
         """Write config.json and model.safetensors, as `mamba_probe.load` reads them.

@@ -16,7 +16,7 @@ for _folder, _probe in (("kernels", "scan/__init__.py"), ("analyses", "wavelet_a
             " checkout lost it. Check out with `git config core.symlinks true`, or install the wheel."
         )
 
-from mamba_probe import constructions, tasks, zoo  # noqa: E402
+from mamba_probe import blocks, constructions, tasks, zoo  # noqa: E402
 from mamba_probe.hooks import ablate, freeze  # noqa: E402
 from mamba_probe.load import load, load_tokenizer  # noqa: E402
 from mamba_probe.probe import Probe, attach, detach  # noqa: E402
@@ -24,7 +24,7 @@ from mamba_probe.recorder import Recorder  # noqa: E402
 from mamba_probe.trace import open_trace  # noqa: E402
 
 __all__ = [
-    "Probe", "Recorder", "ablate", "attach", "constructions", "detach", "freeze", "load", "load_tokenizer",
+    "Probe", "Recorder", "ablate", "attach", "blocks", "constructions", "detach", "freeze", "load", "load_tokenizer",
     "open_trace", "tasks", "zoo",
 ]  # fmt: skip
 

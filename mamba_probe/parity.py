@@ -24,7 +24,7 @@ def error(a: Tensor, b: Tensor, valid: Tensor | None = None) -> float:
     >>> error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0]))
     0.5
     """
-    a, b = a.detach().double(), b.detach().double()
+    a, b = (tensor.detach().to(torch.promote_types(tensor.dtype, torch.float64)) for tensor in (a, b))
     if valid is not None:
         a, b = a[valid], b[valid]
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
@@ -88,7 +88,7 @@ def _compare(adapter: MixerAdapter, emitted: _Emitted, rows: dict[int, dict[str,
         mask = kwargs.get("attention_mask")
         valid = None if mask is None else mask.bool()
         executed = emitted.calls.pop(adapter.layer).tensors
-        native = type(adapter.mixer).forward(adapter.mixer, hidden, None, mask)
+        native = type(adapter.mixer).forward(adapter.mixer, hidden, attention_mask=mask)
         oracle = adapter.oracle(hidden, valid)
         rows[adapter.layer] = {
             "out_vs_native": error(out, native, valid),

@@ -33,9 +33,14 @@ def checked_plan(
         listing = "; ".join(f"layers {list(numbers)}: {sizes}" for sizes, numbers in groups.items())
         raise ValueError(f"layers of different sizes cannot share one trace. Pass layers= of one group: {listing}")
     sizes = by_layer[chosen[0]]
+    absent = [name for name in names if not VARIABLES[name].dims(sizes.family)]
+    if absent:
+        known = [name for name, spec in VARIABLES.items() if spec.dims(sizes.family)]
+        raise ValueError(f"{sizes.family} layers have no {', '.join(absent)}: delta is constant. Known: {known}")
     heads = None if channels is None else tuple(_indices(channels, "channel", range(sizes.n_heads)))
     kept = None if tokens is None else tuple(_indices(tokens, "token", range(length or 0)))
-    if kept is not None and kept[-1] - kept[0] >= len(kept) and "delta_cumsum" not in names:
+    gaps = kept is not None and kept[-1] - kept[0] >= len(kept)
+    if gaps and sizes.family != "s4d" and "delta_cumsum" not in names:
         names.append("delta_cumsum")  # the gaps' step sizes would be lost
     return Plan(sizes, tuple(names), tuple(chosen), kept, heads)
 

@@ -23,7 +23,7 @@ from mamba_probe.tasks import Task
 from mamba_probe.trace.contract import unknown_name
 from mamba_probe.trace.schema import DEFAULT_VARIABLES
 from mamba_probe.trace.store import check_free, save
-from mamba_probe.weights import read_weights
+from mamba_probe.weights import read_statics, read_weights
 
 __all__ = ["Probe", "attach", "detach"]
 
@@ -32,7 +32,8 @@ def attach(model: nn.Module, *, backend: str = "auto") -> "Probe":
     """Take over the scan of every mixer of `model`, this instance only.
 
     Args:
-        model: holds transformers' MambaMixer or Mamba2Mixer: a language model, its backbone, or a bare mixer.
+        model: holds transformers' MambaMixer or Mamba2Mixer, or blocks of `mamba_probe.blocks`: a language model, its
+            backbone, or a bare mixer.
         backend: of our scan: "auto" (triton on a GPU, cpu elsewhere), "cpu", "naive" or "triton".
 
     Returns:
@@ -79,7 +80,7 @@ class Probe(AbstractContextManager["Probe"]):
         self._adapters = find_mixers(model)
         _check_free_to_attach(self._adapters)
         device = next(self._adapters[0].mixer.parameters()).device
-        self.backend, self.backend_reason = _backend(device, backend)
+        self.backend, self.backend_reason = _backend(device, backend, self._adapters)
         self._taps = {adapter.layer: Tap(adapter.layer, self.backend) for adapter in self._adapters}
         if len(self._taps) != len(self._adapters):
             raise ValueError(
@@ -227,14 +228,14 @@ class Probe(AbstractContextManager["Probe"]):
             yield recorder
 
     def _recorder(self, plan: Plan) -> Recorder:
-        statics = {}
-        if "A" in plan.variables:
-            A = read_weights(self.model, self._adapters, self.groups, layers=plan.layers)["A"].values
-            statics["A"] = A if plan.channels is None else A[:, list(plan.channels)]
+        recorded = [adapter for adapter in self._adapters if adapter.layer in plan.layers]
+        statics = read_statics(recorded, plan.variables)
+        if plan.channels is not None:
+            statics = {name: values[:, list(plan.channels)] for name, values in statics.items()}
         sizes = plan.sizes
         attrs = provenance.of_model(self.model) | {
             "family": sizes.family,
-            "discretization": "euler",
+            "discretization": recorded[0].discretization,
             "backend": self.backend,
             "n_heads": sizes.n_heads,
             "n_groups": sizes.n_groups,
@@ -287,6 +288,7 @@ class Probe(AbstractContextManager["Probe"]):
                 raise ValueError(f"edit takes mp.freeze(...) and mp.ablate(...); got {edit!r}")
             if edit.layer is not None and edit.layer not in self._taps:
                 raise unknown_name("layer", edit.layer, [str(layer) for layer in self.layers])
+            _check_editable(edit, self._adapters)
         before = {layer: list(tap.edits) for layer, tap in self._taps.items()}
         for layer, tap in self._taps.items():
             tap.edits += [edit for edit in edits if edit.layer in (None, layer)]
@@ -372,13 +374,33 @@ def _kept(
             save(label(trace), store, overwrite=overwrite)
 
 
-def _backend(device: torch.device, asked: str) -> tuple[str, str]:
+def _backend(device: torch.device, asked: str, adapters: Sequence[MixerAdapter]) -> tuple[str, str]:
+    limited = [adapter for adapter in adapters if "triton" not in adapter.backends]
     if asked == "auto":
-        return choose_backend(device)
+        choice = choose_backend(device)
+        if choice.name == "triton" and limited:
+            return (
+                "cpu",
+                f"{limited[0].family} layers need complex A and zoh, which triton lacks; plain torch on {device}",
+            )
+        return choice
     if asked not in BACKENDS:
         raise unknown_name("backend", asked, ("auto", *BACKENDS))
+    if asked == "triton" and limited:
+        needs = f"{limited[0].name or 'the mixer'} ({limited[0].family}) needs complex A and zoh"
+        raise ValueError(f'backend "triton" does not support them yet: {needs}. Use backend="cpu", on any device.')
     check_backend(asked, device)
     return asked, "asked for"
+
+
+def _check_editable(edit: Edit, adapters: Sequence[MixerAdapter]) -> None:
+    """Refuse to edit what an S4D layer does not compute from its input."""
+    for adapter in adapters:
+        if edit.layer in (None, adapter.layer) and edit.target not in adapter.editable:
+            raise ValueError(
+                f"{edit!r}: {edit.target} of layer {adapter.layer} ({adapter.family}) is a constant weight, the same at"
+                f" every token; change the module's weights instead. Editable there: {', '.join(adapter.editable)}."
+            )
 
 
 def _check_free_to_attach(adapters: list[MixerAdapter]) -> None:

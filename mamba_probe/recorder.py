@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mamba_probe.kernels.emission import EMITTABLE, Emit
 from mamba_probe.mixers import Call, Sizes
-from mamba_probe.trace.schema import STATIC, VARIABLES
+from mamba_probe.trace.schema import VARIABLES
 
 __all__ = ["Plan", "Recorder"]
 
@@ -33,7 +33,7 @@ class Plan:
     @property
     def steps(self) -> tuple[str, ...]:
         """The variables with a token dimension."""
-        return tuple(name for name in self.variables if name not in STATIC)
+        return tuple(name for name in self.variables if not VARIABLES[name].static(self.sizes.family))
 
 
 @dataclass
@@ -217,7 +217,7 @@ class Recorder:
             if name != "out" and self._plan.channels is not None:
                 tensor = tensor[:, :, list(self._plan.channels)]
         array = _numpy(tensor)
-        if self._plan.sizes.family == "mamba" and name in ("x", "z", "y", "h"):
+        if self._plan.sizes.family != "mamba2" and name in ("x", "z", "y", "h"):
             array = array[:, :, :, 0]
         if name == "delta_cumsum" and (earlier := under_way.rows.tensors.get((call.layer, name))):
             array = array + earlier[-1][:, -1:]
@@ -238,7 +238,7 @@ def _check_continuity(call: Call, before: Tensor | None) -> None:
 def _numpy(tensor: Tensor) -> np.ndarray:
     """On the host, fp32 at least: bf16 and fp16 widen exactly."""
     tensor = tensor.detach()
-    return (tensor if tensor.dtype == torch.float64 else tensor.float()).cpu().numpy()
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).cpu().numpy()
 
 
 def _check_finite(array: np.ndarray, valid: np.ndarray, name: str, layer: int, start: int) -> None:
@@ -266,7 +266,7 @@ def _assemble(plan: Plan, blocks: list[_Rows], statics: dict[str, np.ndarray], a
     data = {}
     for name in plan.variables:
         spec = VARIABLES[name]
-        values = statics[name] if name in STATIC else _steps(plan, name, blocks, starts, shape, coords["valid"])
+        values = _steps(plan, name, blocks, starts, shape, coords["valid"]) if name in plan.steps else statics[name]
         text = {"long_name": spec.long_name, "units": spec.units, "symbol": spec.symbol}
         data[name] = (spec.dims(family), values, text)
     known = {name: value for name, value in coords.items() if name in ("valid", "phase") or (value != -1).any()}
@@ -274,7 +274,7 @@ def _assemble(plan: Plan, blocks: list[_Rows], statics: dict[str, np.ndarray], a
     index = {
         "layer": list(plan.layers),
         "token": list(range(shape[1]) if plan.tokens is None else plan.tokens),
-        "channel" if family == "mamba" else "head": list(
+        "head" if family == "mamba2" else "channel": list(
             range(plan.sizes.n_heads) if plan.channels is None else plan.channels
         ),
     }

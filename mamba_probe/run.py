@@ -17,7 +17,7 @@ import torch
 import xarray as xr
 from torch import nn
 
-from mamba_probe import tasks
+from mamba_probe import blocks, tasks
 from mamba_probe.hooks import ablate, freeze
 from mamba_probe.probe import Probe, attach
 from mamba_probe.tasks import Task
@@ -182,14 +182,13 @@ def randomised_twin(model: nn.Module, seed: int = 0) -> nn.Module:
     """The same architecture with the library's own standard initialisation: what an untrained model measures.
 
     Raises:
-        ValueError: not a transformers model with a config.
+        ValueError: neither a transformers model with a config nor one of `mamba_probe.blocks`.
     """
     config = getattr(model, "config", None)
-    if config is None:
-        raise ValueError(f"{type(model).__name__} has no config to build a randomised twin from")
+    own = blocks.config_of(model) if config is None else None
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        twin = type(model)(copy.deepcopy(config)).eval()
+        twin = (blocks.build(own) if own else type(model)(copy.deepcopy(config))).eval()
     first = next(model.parameters())
     return twin.to(device=first.device, dtype=first.dtype)
 

@@ -3,13 +3,20 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 import xarray as xr
 from torch import Tensor, nn
 
 from mamba_probe import provenance
 from mamba_probe.mixers import MixerAdapter
 
-__all__ = ["read_weights"]
+__all__ = ["read_statics", "read_weights"]
+
+
+def read_statics(adapters: Sequence[MixerAdapter], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Those of `names` that are constant, each stacked over the layers of `adapters`, which have equal sizes."""
+    each = [adapter.statics() for adapter in adapters]
+    return {name: np.stack([_host(layer[name][1]) for layer in each]) for name in each[0] if name in names}
 
 
 def read_weights(
@@ -52,4 +59,4 @@ def _readout(model: nn.Module) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
 
 def _host(tensor: Tensor) -> np.ndarray:
     tensor = tensor.detach()
-    return (tensor if tensor.dtype.itemsize == 8 else tensor.float()).cpu().numpy().copy()
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).cpu().numpy().copy()

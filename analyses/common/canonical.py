@@ -69,6 +69,10 @@ class Canonical:
 
     def __init__(self, trace: xr.Dataset, *names: str):
         require(trace, *names, "valid", "position")
+        if trace.attrs["family"] == "s4d":
+            raise ValueError(
+                "this analysis reads traces of Mamba and Mamba-2; got s4d, whose delta, B and C are constant"
+            )
         self.trace = trace
         self.head_dim = str(trace["delta"].dims[-1])
         self.n_layers, self.n_rows = trace.sizes["layer"], trace.sizes["batch"]

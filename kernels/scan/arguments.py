@@ -61,6 +61,11 @@ class Arguments:
         """Consecutive heads that share one B and C."""
         return self.x.shape[2] // self.B.shape[2]
 
+    @property
+    def constant_delta(self) -> bool:
+        """Whether delta is one view of each head's value, expanded over the tokens (S4D)."""
+        return self.n_token > 1 and self.delta.stride(1) == 0
+
     def widened(self, tensor: Tensor) -> Tensor:
         """A real tensor in the compute dtype; a complex one has its complex counterpart already."""
         return tensor if tensor.is_complex() else tensor.to(self.dtype)

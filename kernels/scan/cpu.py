@@ -28,7 +28,7 @@ Step = tuple[Tensor, Tensor, Callable[[slice | list[int]], Tensor]]
 
 def scan(a: Arguments) -> tuple[Tensor, Tensor, Emission]:
     """Outputs (batch, token, head, head_channel) in x's dtype, last state, emission."""
-    delta = step_size(a.delta.to(a.dtype), a)
+    delta = step_size((a.delta[:, :1] if a.constant_delta else a.delta).to(a.dtype), a)
     chunks = a.scalar_A and not a.A.is_complex()
     step, length = (_chunked, _chunk_length(a)) if chunks else (_blocked, _block_length(a))
     h, outputs, kept = a.initial_state, [], {name: [] for name in ("h", "y") if name in a.emit.variables}
@@ -36,22 +36,25 @@ def scan(a: Arguments) -> tuple[Tensor, Tensor, Emission]:
         span = slice(start, start + length)
         x, B, C = (a.widened(tensor[:, span]) for tensor in (a.x, a.B, a.C))
         log_decay = None if a.log_decay is None else a.widened(a.log_decay[:, span])
-        exponent = decay_exponent(delta[:, span], a.A, log_decay, None if a.starts is None else a.starts[:, span])
-        y, h, states = step(h, x, exponent, write_scale(delta[:, span], a.A, a.discretization), B, C)
+        here = delta if a.constant_delta else delta[:, span]
+        exponent = decay_exponent(here, a.A, log_decay, None if a.starts is None else a.starts[:, span])
+        y, h, states = step(h, x, exponent, write_scale(here, a.A, a.discretization), B, C)
         y = y if a.D is None else y + a.D * x
         if "h" in kept:
             kept["h"].append(a.emit.heads_of(states(a.emit.positions(start, start + length)), 2))
         if "y" in kept:
             kept["y"].append(a.emit.heads_of(a.emit.tokens_of(y, start), 2))
         outputs.append((y if a.z is None else y * F.silu(a.z[:, span].to(a.dtype))).to(a.x.dtype))
-    emission = _stateless(a, delta) | {name: torch.cat(blocks, dim=1) for name, blocks in kept.items()}
+    emission = _stateless(a, delta.expand(a.delta.shape)) | {
+        name: torch.cat(blocks, dim=1) for name, blocks in kept.items()
+    }
     return torch.cat(outputs, dim=1), h, Emission(**emission)
 
 
 def _blocked(h: Tensor, x: Tensor, exponent: Tensor, scale: Tensor, B: Tensor, C: Tensor) -> Step:
-    """One block with any A."""
+    """One block with any A; exponent and scale hold one token where delta is constant."""
     B, C = (_per_head(tensor, x.shape[2])[:, :, :, None] for tensor in (B, C))
-    A_bar = torch.exp(exponent)[:, :, :, None]
+    A_bar = torch.exp(exponent)[:, :, :, None].expand(-1, x.shape[1], -1, -1, -1)
     write = scale[:, :, :, None] * x[..., None] * B
     states = []
     for decay, wrote in zip(A_bar.unbind(1), write.unbind(1), strict=True):
@@ -63,7 +66,7 @@ def _blocked(h: Tensor, x: Tensor, exponent: Tensor, scale: Tensor, B: Tensor, C
 
 def _chunked(h: Tensor, x: Tensor, exponent: Tensor, scale: Tensor, B: Tensor, C: Tensor) -> Step:
     """One chunk with real A (head,): heads as (g group, r head of the group), tokens l (to) and s (from)."""
-    n_group = B.shape[2]
+    n_group, exponent = B.shape[2], exponent.expand(-1, x.shape[1], -1, -1)
     exponent, write = exponent[..., 0].unflatten(2, (n_group, -1)), (scale * x).unflatten(2, (n_group, -1))
     h = h.unflatten(1, (n_group, -1))
     since_start = torch.exp(exponent.cumsum(1))

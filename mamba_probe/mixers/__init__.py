@@ -5,11 +5,14 @@ from torch import nn
 from mamba_probe.mixers.base import MixerAdapter, Sizes
 from mamba_probe.mixers.mamba import MambaAdapter
 from mamba_probe.mixers.mamba2 import Mamba2Adapter
+from mamba_probe.mixers.own import OwnMamba2Adapter, OwnMambaAdapter, S4DAdapter
 from mamba_probe.mixers.tap import Call, Listener, Tap
 
 __all__ = ["ADAPTERS", "Call", "Listener", "MixerAdapter", "Sizes", "Tap", "find_mixers"]
 
-ADAPTERS: tuple[type[MixerAdapter], ...] = (MambaAdapter, Mamba2Adapter)
+ADAPTERS: tuple[type[MixerAdapter], ...] = (MambaAdapter, Mamba2Adapter, OwnMambaAdapter, OwnMamba2Adapter, S4DAdapter)
+
+_PATHS = [adapter.class_path for adapter in ADAPTERS]
 
 NOT_YET = (
     "FalconMambaMixer", "JambaMambaMixer", "ZambaMambaMixer", "Zamba2MambaMixer", "BambaMixer",
@@ -32,7 +35,7 @@ def find_mixers(model: nn.Module) -> list[MixerAdapter]:
             found.append(adapter(module, name))
         elif "mamba3" in kind.lower() or "A_log" in module._parameters or (_of_a_library(module) and kind in NOT_YET):
             refused.add(f"{kind} ({type(module).__module__})")
-    supported = ", ".join(f"{adapter.class_path[1]} of transformers" for adapter in ADAPTERS)
+    supported = ", ".join(f"{name} of {module.split('.models.')[0]}" for module, name in _PATHS)
     if refused:
         raise ValueError(f"unsupported mixer family: {', '.join(sorted(refused))}. Supported: {supported}.")
     if not found:

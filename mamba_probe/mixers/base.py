@@ -3,12 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from inspect import Signature, signature
 from types import FunctionType, MethodType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from mamba_probe.hooks import ABLATABLE
+from mamba_probe.kernels.scan import BACKENDS
 from mamba_probe.mixers.takeover import innermost, rebind
 from mamba_probe.mixers.tap import Call, Tap
 
@@ -30,20 +33,22 @@ class Sizes:
     width: int
 
     def __str__(self) -> str:
-        if self.family == "mamba":
-            return f"mamba: {self.n_heads} channels, state {self.n_states}"
+        if self.family != "mamba2":
+            return f"{self.family}: {self.n_heads} channels, state {self.n_states}"
         return f"mamba2: {self.n_heads} heads of {self.head_channels}, {self.n_groups} group(s), state {self.n_states}"
 
 
 class MixerAdapter(ABC):
     """One mixer of one model: its sizes, its weights by our names, and the takeover of its scan.
 
-    `class_path` names the library's class; `fused` names the short-cuts that would never reach the scan.
+    `class_path` names the mixer's class; `editable` what an edit may target, `backends` those of our scan it can use.
     """
 
     class_path: ClassVar[tuple[str, str]]
     family: ClassVar[str]
-    fused: ClassVar[str]
+    discretization: ClassVar[str] = "euler"
+    editable: ClassVar[tuple[str, ...]] = ABLATABLE
+    backends: ClassVar[tuple[str, ...]] = BACKENDS
 
     def __init__(self, mixer: nn.Module, name: str):
         self.mixer: Any = mixer
@@ -68,6 +73,10 @@ class MixerAdapter(ABC):
     def weights(self) -> dict[str, Labelled]:
         """Static weights by our names, with their dimensions (without layer)."""
 
+    def statics(self) -> dict[str, Labelled]:
+        """The trace's variables that are constant in this family."""
+        return {"A": self.weights()["A"]}
+
     @abstractmethod
     def oracle(self, hidden: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
         """delta, B, C and out of one forward in float64 from the weights alone, by the sequential recurrence."""
@@ -77,7 +86,7 @@ class MixerAdapter(ABC):
         forward = type(self.mixer).forward
         assert isinstance(forward, FunctionType)
         bound = rebind(forward, self.replacements(tap, innermost(forward).__globals__))
-        self.mixer.forward = MethodType(_tapped(bound, tap), self.mixer)
+        self.mixer.forward = MethodType(_tapped(bound, tap, signature(forward)), self.mixer)
 
     @property
     def tap(self) -> Tap | None:
@@ -90,17 +99,17 @@ class MixerAdapter(ABC):
             del self.mixer.forward
 
 
-def _tapped(forward: FunctionType, tap: Tap) -> Callable[..., Tensor]:
+def _tapped(forward: FunctionType, tap: Tap, takes: Signature) -> Callable[..., Tensor]:
     """`forward` with a Call open while it runs; an exception leaves none behind."""
 
-    def probed_forward(
-        self: Any, hidden_states: Tensor, cache_params: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
-    ) -> Tensor:
-        continues = cache_params is not None and cache_params.has_previous_state(self.layer_idx)
-        valid = None if attention_mask is None else attention_mask.bool()
+    def probed_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        given = takes.bind(self, *args, **kwargs).arguments
+        cache, mask = given.get("cache_params"), given.get("attention_mask")
+        continues = cache is not None and cache.has_previous_state(self.layer_idx)
+        valid = None if mask is None else mask.bool()
         tap.call = Call(tap.layer, valid, continues, edits=tuple(map(repr, tap.edits)))
         try:
-            out = forward(self, hidden_states, cache_params, attention_mask, **kwargs)
+            out = forward(self, *args, **kwargs)
             if tap.listener is not None:
                 tap.call.tensors["out"] = out
                 tap.listener.receive(tap.call)

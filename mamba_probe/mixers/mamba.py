@@ -24,12 +24,16 @@ class MambaAdapter(MixerAdapter):
 
     class_path = ("transformers.models.mamba.modeling_mamba", "MambaMixer")
     family = "mamba"
-    fused = "mamba_inner_fn"
 
     @property
     def sizes(self) -> Sizes:
-        mixer = self.mixer
-        return Sizes("mamba", mixer.intermediate_size, 1, 1, mixer.ssm_state_size, mixer.hidden_size)
+        (channel, state), width = self.mixer.A_log.shape, self.mixer.in_proj.weight.shape[1]
+        return Sizes("mamba", channel, 1, 1, state, width)
+
+    @property
+    def _sections(self) -> list[int]:
+        """Sizes of dt, B and C along x_proj's rows."""
+        return [self.mixer.dt_proj.weight.shape[1], self.sizes.n_states, self.sizes.n_states]
 
     def replacements(self, tap: Tap, module: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
         return {
@@ -37,13 +41,13 @@ class MambaAdapter(MixerAdapter):
             "mamba_selective_state_update": _step(tap),
             "causal_conv1d_fn": tap.conv(module["causal_conv1d_fn"]),
             "causal_conv1d_update": tap.conv(module["causal_conv1d_update"]),
-            self.fused: no_shortcut,
+            "mamba_inner_fn": no_shortcut,
         }
 
     def weights(self) -> dict[str, Labelled]:
         mixer, sizes = self.mixer, self.sizes
         in_x, in_z = mixer.in_proj.weight.split(sizes.n_heads)
-        dt, B, C = mixer.x_proj.weight.split([mixer.time_step_rank, sizes.n_states, sizes.n_states])
+        dt, B, C = mixer.x_proj.weight.split(self._sections)
         labelled = {
             "A": (("channel", "state"), -torch.exp(mixer.A_log.float())),
             "D": (("channel",), mixer.D),
@@ -62,12 +66,11 @@ class MambaAdapter(MixerAdapter):
         return labelled
 
     def oracle(self, hidden: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
-        mixer, sizes = self.mixer, self.sizes
+        mixer = self.mixer
         w = {name: tensor.detach().double() for name, tensor in mixer.state_dict().items()}
         x, z = F.linear(masked(hidden.double(), valid), w["in_proj.weight"], w.get("in_proj.bias")).chunk(2, -1)
         x = masked(causal_conv(x, w["conv1d.weight"][:, 0].flip(-1), w.get("conv1d.bias")), valid)
-        sections = [mixer.time_step_rank, sizes.n_states, sizes.n_states]
-        dt, B, C = F.linear(x, w["x_proj.weight"]).split(sections, -1)
+        dt, B, C = F.linear(x, w["x_proj.weight"]).split(self._sections, -1)
         result = selective_scan(
             x[..., None], F.linear(dt, w["dt_proj.weight"]), -torch.exp(w["A_log"]), B[:, :, None], C[:, :, None],
             w["D"], z[..., None], delta_bias=w["dt_proj.bias"], delta_softplus=True,

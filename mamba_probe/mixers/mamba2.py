@@ -24,12 +24,17 @@ class Mamba2Adapter(MixerAdapter):
 
     class_path = ("transformers.models.mamba2.modeling_mamba2", "Mamba2Mixer")
     family = "mamba2"
-    fused = "mamba2_split_conv1d_scan_combined"
 
     @property
     def sizes(self) -> Sizes:
         mixer = self.mixer
         return Sizes("mamba2", mixer.num_heads, mixer.head_dim, mixer.n_groups, mixer.ssm_state_size, mixer.hidden_size)
+
+    @property
+    def _limits(self) -> tuple[float, float]:
+        """Clamp of delta."""
+        low, high = self.mixer.time_step_limit
+        return low, high
 
     def replacements(self, tap: Tap, module: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
         return {
@@ -37,7 +42,7 @@ class Mamba2Adapter(MixerAdapter):
             "mamba2_selective_state_update": _step(tap),
             "causal_conv1d_fn": tap.conv(module["causal_conv1d_fn"]),
             "causal_conv1d_update": tap.conv(module["causal_conv1d_update"]),
-            self.fused: no_shortcut,
+            "mamba2_split_conv1d_scan_combined": no_shortcut,
         }
 
     def take_over(self, tap: Tap) -> None:
@@ -78,9 +83,10 @@ class Mamba2Adapter(MixerAdapter):
             "conv_x": ((*per_head, "lag"), conv_x.unflatten(0, heads)),
             "conv_B": ((*per_group, "lag"), conv_B.unflatten(0, groups)),
             "conv_C": ((*per_group, "lag"), conv_C.unflatten(0, groups)),
-            "norm": (per_head, mixer.norm.weight.unflatten(0, heads)),
             "out_proj": (("model", *per_head), mixer.out_proj.weight.unflatten(1, heads)),
         }
+        if "weight" in mixer.norm._parameters:
+            labelled["norm"] = (per_head, mixer.norm.weight.unflatten(0, heads))
         if mixer.conv1d.bias is not None:
             bias_x, bias_B, bias_C = mixer.conv1d.bias.split(parts[:3])
             labelled |= {
@@ -104,16 +110,18 @@ class Mamba2Adapter(MixerAdapter):
         xBC = masked(causal_conv(xBC, w["conv1d.weight"][:, 0].flip(-1), w.get("conv1d.bias")), valid)
         x, B, C = xBC.split(parts[:3], -1)
         B, C = (t.unflatten(-1, (sizes.n_groups, sizes.n_states)) for t in (B, C))
-        low, high = mixer.time_step_limit
         result = selective_scan(
             x.unflatten(-1, (sizes.n_heads, sizes.head_channels)), dt, -torch.exp(w["A_log"]), B, C, w["D"],
-            delta_bias=w["dt_bias"], delta_softplus=True, delta_limits=(low, high),
+            delta_bias=w["dt_bias"], delta_softplus=True, delta_limits=self._limits,
             emit=Emit(("delta",)), backend="naive",
         )  # fmt: skip
         assert result.emission.delta is not None
-        gated = (result.y.flatten(2) * F.silu(z)).unflatten(-1, (sizes.n_groups, -1))
-        normed = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + mixer.norm.variance_epsilon)
-        out = F.linear(normed.flatten(2) * w["norm.weight"], w["out_proj.weight"], w.get("out_proj.bias"))
+        normed = result.y.flatten(2) * F.silu(z)
+        if "norm.weight" in w:
+            grouped = normed.unflatten(-1, (sizes.n_groups, -1))
+            grouped = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + mixer.norm.variance_epsilon)
+            normed = grouped.flatten(2) * w["norm.weight"]
+        out = F.linear(normed, w["out_proj.weight"], w.get("out_proj.bias"))
         return {"delta": result.emission.delta, "B": B, "C": C, "out": out}
 
 

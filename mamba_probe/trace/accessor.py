@@ -47,17 +47,24 @@ class ProbeAccessor:
 
     @property
     def B_bar(self) -> xr.DataArray:
-        """Write of one step, delta B (Euler, as executed): recorded, else lazy from delta and B."""
+        """Write of one step as executed, delta B (Euler) or delta phi1(delta A) B (zoh): recorded, else lazy."""
         if "B_bar" in self._trace:
             return self._trace["B_bar"]
         require(self._trace, "delta", "B")
-        return self._named(self._step("delta") * self.by_head("B"), "B_bar")
+        write = self._step("delta") * self.by_head("B")
+        if self._trace.attrs.get("discretization") == "zoh":
+            require(self._trace, "A")
+            exponent = self._step("delta") * self._trace["A"]
+            write = write * exponent.copy(data=_phi1(exponent.data))
+        return self._named(write, "B_bar")
 
     def by_head(self, name: str) -> xr.DataArray:
         """`B` or `C` spread from its groups over channels or heads: head i reads group i // (heads / groups)."""
         if name not in ("B", "C"):
             raise unknown_name("grouped variable", name, ("B", "C"))
         require(self._trace, name, "delta")
+        if self._trace.attrs["family"] == "s4d":
+            return self._step(name)
         head = str(self._trace["delta"].dims[-1])
         per_group = self._trace.attrs["n_heads"] // self._trace.attrs["n_groups"]
         index = xr.DataArray(self._trace[head].values // per_group, dims=head, coords={head: self._trace[head]})
@@ -74,3 +81,10 @@ class ProbeAccessor:
 
         validate(self._trace)
         return save(self._trace, path, overwrite=overwrite)
+
+
+def _phi1(exponent: Any) -> Any:
+    """(exp(z) - 1) / z, and 1 at 0, of a numpy or dask array."""
+    zero = exponent == 0
+    safe = np.where(zero, 1, exponent)
+    return np.where(zero, 1, np.expm1(safe) / safe)

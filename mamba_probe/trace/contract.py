@@ -68,4 +68,6 @@ def validate(trace: xr.Dataset) -> None:
     for name, spec in VARIABLES.items():
         if name in trace.data_vars and trace[name].dims != spec.dims(family):
             need, came = ", ".join(spec.dims(family)), ", ".join(map(str, trace[name].dims))
+            if not need:
+                raise ValueError(f"`{name}` is no variable of {family} traces; got it with dims ({came})")
             raise ValueError(f"`{name}` needs dims ({need}); got ({came})")

@@ -7,11 +7,12 @@ A Mamba-1 layer has one channel a head, so its traces say `channel` where Mamba-
 from dataclasses import dataclass
 from types import MappingProxyType
 
-__all__ = ["COORDS", "DEFAULT_VARIABLES", "DIMS", "FAMILIES", "SCHEMA_VERSION", "STATIC", "VARIABLES", "Variable"]
+__all__ = ["COORDS", "DEFAULT_VARIABLES", "DIMS", "FAMILIES", "SCHEMA_VERSION", "VARIABLES", "Variable"]
 
 SCHEMA_VERSION = 1
-FAMILIES = ("mamba", "mamba2")
-"""Parameterisations a trace may hold: `mamba` (S6, A per channel and state), `mamba2` (SSD, A per head)."""
+FAMILIES = ("mamba", "mamba2", "s4d")
+"""Parameterisations a trace may hold: `mamba` (S6, A per channel and state), `mamba2` (SSD, A per head), `s4d` (time-
+invariant: delta, A, B and C without batch and token, complex; h complex; a state counts for its conjugate too)."""
 
 DIMS = (
     "layer", "batch", "token", "channel", "head", "head_channel", "group", "state", "model",
@@ -23,32 +24,41 @@ DIMS = (
 class Variable:
     """One recorded tensor: its dimensions in each family and what a reader needs to know of it."""
 
-    by_family: tuple[tuple[str, ...], tuple[str, ...]]
+    by_family: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
     long_name: str
     units: str
     symbol: str
     dtype: str = "float32"
 
     def dims(self, family: str) -> tuple[str, ...]:
-        """Dimensions of this variable in a trace of `family`."""
+        """Dimensions of this variable in a trace of `family`; none where that family has no such variable."""
         return self.by_family[FAMILIES.index(family)]
+
+    def static(self, family: str) -> bool:
+        """Whether it has no batch and token in a trace of `family`."""
+        return "token" not in self.dims(family)
 
 
 _STEP = ("layer", "batch", "token")
-_PER_CHANNEL = ((*_STEP, "channel"), (*_STEP, "head", "head_channel"))
-_PER_DELTA = ((*_STEP, "channel"), (*_STEP, "head"))
-_PER_GROUP = ((*_STEP, "group", "state"), (*_STEP, "group", "state"))
-_PER_MODEL = ((*_STEP, "model"), (*_STEP, "model"))
+_CHANNEL, _HEADS, _GROUP = (*_STEP, "channel"), (*_STEP, "head", "head_channel"), (*_STEP, "group", "state")
+_CONSTANT = ("layer", "channel", "state")
+_PER_CHANNEL = (_CHANNEL, _HEADS, _CHANNEL)
+_PER_DELTA = (_CHANNEL, (*_STEP, "head"), ("layer", "channel"))
+_PER_GROUP = (_GROUP, _GROUP, _CONSTANT)
+_MODEL = (*_STEP, "model")
 
 VARIABLES = MappingProxyType(
     {
         "delta": Variable(_PER_DELTA, "step size, after bias, softplus and limits", "1", r"\Delta_t"),
-        "A": Variable((("layer", "channel", "state"), ("layer", "head")), "continuous-time state matrix", "1", "A"),
+        "A": Variable((_CONSTANT, ("layer", "head"), _CONSTANT), "continuous-time state matrix", "1", "A"),
         "A_bar": Variable(
-            ((*_STEP, "channel", "state"), (*_STEP, "head")), "decay of one step, exp(delta A)", "1", r"\bar{A}_t"
+            ((*_CHANNEL, "state"), (*_STEP, "head"), _CONSTANT), "decay of one step, exp(delta A)", "1", r"\bar{A}_t"
         ),
         "B_bar": Variable(
-            ((*_STEP, "channel", "state"), (*_STEP, "head", "state")), "write of one step, delta B", "1", r"\bar{B}_t"
+            ((*_CHANNEL, "state"), (*_STEP, "head", "state"), _CONSTANT),
+            "write of one step, delta B, by phi1(delta A) with zoh",
+            "1",
+            r"\bar{B}_t",
         ),
         "B": Variable(_PER_GROUP, "input matrix, as the scan received it", "1", "B_t"),
         "C": Variable(_PER_GROUP, "output matrix, as the scan received it", "1", "C_t"),
@@ -56,25 +66,22 @@ VARIABLES = MappingProxyType(
         "z": Variable(_PER_CHANNEL, "gate before its activation", "1", "z_t"),
         "y": Variable(_PER_CHANNEL, "scan output C h + D x, before the gate", "1", "y_t"),
         "h": Variable(
-            ((*_STEP, "channel", "state"), (*_STEP, "head", "head_channel", "state")),
+            ((*_CHANNEL, "state"), (*_HEADS, "state"), (*_CHANNEL, "state")),
             "state after the step",
             "1",
             "h_t",
         ),
         "delta_cumsum": Variable(
-            _PER_DELTA,
+            (*_PER_DELTA[:2], ()),
             "sum of delta from the row's first token on, padding included, up to and with this token",
             "1",
             r"\sum\Delta",
             "float64",
         ),
-        "out": Variable(_PER_MODEL, "mixer output", "1", "o_t"),
+        "out": Variable((_MODEL, _MODEL, _MODEL), "mixer output", "1", "o_t"),
     }
 )
 """What `probe.record(variables=...)` can be asked for."""
-
-STATIC = ("A",)
-"""Variables without batch and token."""
 
 DEFAULT_VARIABLES = ("delta", "A", "B", "C")
 

@@ -18,6 +18,8 @@ from mamba_probe.trace.contract import validate
 __all__ = ["check_free", "open_dataset", "open_trace", "remove", "save"]
 
 SUFFIXES = (".zarr", ".nc")
+PAIR = "real_imag"
+"""Last dimension of a complex variable in a store: its real and its imaginary part."""
 
 
 def save(dataset: xr.Dataset, path: str | PathLike[str], *, overwrite: bool = False) -> Path:
@@ -133,12 +135,16 @@ def remove(path: Path) -> None:
 
 
 def _encode(dataset: xr.Dataset) -> xr.Dataset:
-    """Attributes as JSON, strings as variable-length objects, no encoding left over from an earlier store."""
+    """Attributes as JSON, strings as variable-length objects, complex as real pairs, no encoding left over."""
     coded = dataset.copy()
     coded.attrs = _json(dataset.attrs)
     for name, variable in coded.variables.items():
         if variable.dtype.kind in "UT":
             coded[name] = (variable.dims, variable.values.astype(object), variable.attrs)
+        if variable.dtype.kind == "c":
+            data: Any = variable.data
+            pairs = np.stack([data.real, data.imag], axis=-1)
+            coded[name] = ((*variable.dims, PAIR), pairs, variable.attrs)
         coded[name].attrs = _json(variable.attrs)
     return coded.drop_encoding()
 
@@ -159,5 +165,15 @@ def _decode(coded: xr.Dataset) -> xr.Dataset:
         attrs = {key: json.loads(value) for key, value in variable.attrs.items()}
         if variable.dtype.kind in "TOU":
             dataset[name] = (variable.dims, np.asarray(variable.values, dtype=object), attrs)
+        if PAIR in variable.dims:
+            data: Any = variable.data
+            pairs = data.rechunk({-1: 2})
+            dtype = np.result_type(pairs.dtype, np.complex64)
+            joined = pairs.map_blocks(lambda block, to=dtype: _joined(block, to), drop_axis=-1, dtype=dtype)
+            dataset[name] = (variable.dims[:-1], joined, attrs)
         dataset[name].attrs = attrs
     return dataset
+
+
+def _joined(pairs: np.ndarray, dtype: Any) -> np.ndarray:
+    return np.ascontiguousarray(pairs).view(dtype)[..., 0]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mamba_probe import provenance
 from mamba_probe.hooks import Edit
 from mamba_probe.inputs import ModelInput, checked_input
+from mamba_probe.jacobian import measure_jacobian
 from mamba_probe.kernels.scan import BACKENDS, check_backend, choose_backend
 from mamba_probe.mixers import Listener, MixerAdapter, Tap, find_mixers
 from mamba_probe.parity import measure_parity
@@ -335,6 +336,48 @@ class Probe(AbstractContextManager["Probe"]):
         with torch.no_grad():
             logits = [self.model(**piece).logits.argmax(-1).cpu() for piece in given.pieces(batch_size)]
         return torch.cat(logits).numpy()
+
+    def jacobian(
+        self, inputs: Any = None, attention_mask: Any = None, *, layer: int,
+        query_tokens: Sequence[int] | None = None, source_tokens: Sequence[int] | None = None,
+        read_out: Any = None, direction: Any = None, n_probes: int | None = None, seed: int = 0,
+    ) -> xr.Dataset:  # fmt: skip
+        r"""Derivatives of a mixer's output by its input, token by token, selection moving with them.
+
+        $J_{t,s} = \partial\, \mathrm{out}_t / \partial u_s$ of one layer, at the inputs that the model gives it.
+
+        Args:
+            inputs, attention_mask: as in `record`.
+            layer: the model's own layer number.
+            query_tokens: positions t among a row's valid tokens: which inputs move them (one backward pass a query
+                and output).
+            source_tokens: positions s: which outputs they move (one forward-mode pass a source and direction). Give
+                one of the two.
+            read_out: (kernel, model) rows that read the output; None: every feature of it.
+            direction: (model,) along which the input moves; None: all features, as the norm over them.
+            n_probes: with source_tokens and no direction: estimate the Frobenius norm from this many random sign
+                vectors, sum |J v|^2 / n (unbiased in the square); None: exact, one pass a feature.
+            seed: of the probes.
+
+        Returns:
+            `jacobian` over (batch, query_token, kernel, token), or (batch, source_token, token) as a norm >= 0; NaN
+            at padding.
+
+        Raises:
+            ValueError: both or neither kind of token, a position that not every row has, an unknown layer, wrong
+                shapes, or a backend without derivatives (triton).
+        """
+        self._check_unedited("jacobian")
+        if layer not in self._taps:
+            raise unknown_name("layer", layer, [str(known) for known in self.layers])
+        if self.backend == "triton":
+            raise ValueError('the triton scan has no derivatives yet: attach with backend="cpu", on any device')
+        adapter = next(adapter for adapter in self._adapters if adapter.layer == layer)
+        given = checked_input(self.model, adapter.sizes.width, inputs, attention_mask, None, None)
+        return measure_jacobian(
+            self.model, adapter, given, query_tokens=query_tokens, source_tokens=source_tokens, read_out=read_out,
+            direction=direction, n_probes=n_probes, seed=seed,
+        )  # fmt: skip
 
     def parity(self, inputs: Any = None, attention_mask: Any = None, **options: Any) -> xr.Dataset:
         """The probe against the untouched model and a float64 oracle, layer by layer, on each layer's own input.

@@ -1,0 +1,148 @@
+"""How much one token's mixer input moves another token's mixer output: exact derivatives, selection moving with them.
+
+J_{t,s} = d out_t / d u_s of one layer's mixer, (model, model), at the inputs the model gave it. Unlike a kernel made
+from a trace, it follows the paths through delta, B, C, the convolution and the gate. Source: ours.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mamba_probe import provenance
+from mamba_probe.inputs import ModelInput
+from mamba_probe.mixers import MixerAdapter
+
+__all__ = ["measure_jacobian"]
+
+Mixer = Callable[[Tensor], Tensor]
+
+
+def measure_jacobian(
+    model: nn.Module, adapter: MixerAdapter, given: ModelInput, *, query_tokens: Sequence[int] | None,
+    source_tokens: Sequence[int] | None, read_out: Any, direction: Any, n_probes: int | None, seed: int,
+) -> xr.Dataset:  # fmt: skip
+    """See `Probe.jacobian`."""
+    if (query_tokens is None) == (source_tokens is None):
+        raise ValueError("pass either query_tokens (what moved them) or source_tokens (what they move), and not both")
+    hidden, mask = _mixer_input(model, adapter, given)
+    valid = torch.ones(hidden.shape[:2], dtype=torch.bool) if mask is None else mask.bool().cpu()
+    asked, dim = (query_tokens, "query_token") if query_tokens is not None else (source_tokens, "source_token")
+    index = _index(valid, asked, dim)
+    rows = None if read_out is None else _matrix(read_out, "read_out", hidden)
+    along = None if direction is None else _matrix(np.asarray(direction)[None], "direction", hidden).flatten()
+
+    def mixer(u: Tensor) -> Tensor:
+        return adapter.mixer(u, attention_mask=mask)
+
+    if query_tokens is not None:
+        found = _pulled(mixer, hidden, index, rows, along)
+        entry = (("batch", dim, "kernel", "token"), found)
+        what = "d (read_out . out_t) / d u_s" + (" along direction" if direction is not None else ", norm over model")
+    else:
+        found = _pushed(mixer, hidden, index, rows, along, n_probes, seed)
+        entry = (("batch", dim, "token"), found)
+        what = "norm of d out_t / d u_s" + (" along direction" if direction is not None else ", Frobenius")
+    found[np.broadcast_to(~valid.numpy().reshape(len(valid), *[1] * (found.ndim - 2), -1), found.shape)] = np.nan
+    attrs = provenance.of_model(model, "jacobian") | {
+        "layer": adapter.layer,
+        "estimator": f"{what}; automatic differentiation in {str(hidden.dtype).removeprefix('torch.')}",
+        "n_probes": -1 if n_probes is None else n_probes,
+        "seed": seed,
+    }
+    position = np.where(valid, np.cumsum(valid.numpy(), axis=1) - 1, -1)
+    coords = {dim: list(asked or ()), "valid": (("batch", "token"), valid.numpy())}
+    coords["position"] = (("batch", "token"), position)
+    return xr.Dataset({"jacobian": entry}, coords, attrs)
+
+
+def _mixer_input(model: nn.Module, adapter: MixerAdapter, given: ModelInput) -> tuple[Tensor, Tensor | None]:
+    """What the layer's mixer takes when the model runs: hidden states (batch, token, model), and the mask."""
+    caught: list[tuple[Tensor, Tensor | None]] = []
+
+    def catch(_mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught.append((args[0] if args else kwargs["hidden_states"], kwargs.get("attention_mask")))
+
+    handle = adapter.mixer.register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            (keywords,) = given.pieces(None)
+            model(**keywords)
+    finally:
+        handle.remove()
+    hidden, mask = caught[-1]
+    return hidden.detach(), mask
+
+
+def _index(valid: Tensor, asked: Sequence[int] | None, name: str) -> Int[np.ndarray, "batch asked"]:
+    """Token of each asked position in each row; positions count valid tokens."""
+    wanted = np.asarray(asked)
+    counts = valid.sum(1).numpy()
+    if wanted.ndim != 1 or not wanted.size or wanted.dtype.kind not in "iu":
+        raise ValueError(f"{name}s is a non-empty list of positions; got {asked!r}")
+    if wanted.min() < 0 or wanted.max() >= counts.min():
+        raise ValueError(f"{name}s must lie in 0 .. {counts.min() - 1}, the shortest row's positions; got {asked!r}")
+    return np.stack([np.flatnonzero(row)[wanted] for row in valid.numpy()])
+
+
+def _matrix(given: Any, name: str, hidden: Tensor) -> Tensor:
+    matrix = torch.as_tensor(np.asarray(given), dtype=hidden.dtype, device=hidden.device)
+    if matrix.ndim != 2 or matrix.shape[1] != hidden.shape[2] or not torch.isfinite(matrix).all():
+        raise ValueError(
+            f"{name} needs finite values over model = {hidden.shape[2]} features; got shape {tuple(matrix.shape)}"
+        )
+    return matrix
+
+
+def _pulled(
+    mixer: Mixer, hidden: Tensor, index: Int[np.ndarray, "batch query"], rows: Tensor | None, along: Tensor | None
+) -> Float[np.ndarray, "batch query kernel token"]:
+    """One backward pass a query and output: what each token's input does to it."""
+    rows = torch.eye(hidden.shape[2], dtype=hidden.dtype, device=hidden.device) if rows is None else rows
+    u = hidden.clone().requires_grad_()
+    out = mixer(u)
+    every = torch.arange(len(hidden))
+    found = []
+    for at in index.T:
+        read = out[every, at] @ rows.T
+        for kernel in range(len(rows)):
+            (slope,) = torch.autograd.grad(read[:, kernel].sum(), u, retain_graph=True)
+            found.append(slope.norm(dim=-1) if along is None else slope @ along)
+    stacked = torch.stack(found, dim=1).unflatten(1, (index.shape[1], len(rows)))
+    return stacked.detach().double().cpu().numpy()
+
+
+def _pushed(
+    mixer: Mixer, hidden: Tensor, index: Int[np.ndarray, "batch source"], rows: Tensor | None, along: Tensor | None,
+    n_probes: int | None, seed: int,
+) -> Float[np.ndarray, "batch source token"]:  # fmt: skip
+    """One forward-mode pass a source and direction: how far each output moves."""
+    every, found = torch.arange(len(hidden)), []
+    for at in index.T:
+        squares = []
+        for vector in _directions(hidden, along, n_probes, seed):
+            tangent = torch.zeros_like(hidden)
+            tangent[every, at] = vector
+            moved = torch.func.jvp(mixer, (hidden,), (tangent,))[1]
+            moved = moved if rows is None else moved @ rows.T
+            squares.append(moved.detach().double().square().sum(-1))
+        total = torch.stack(squares).sum(0) / (len(squares) if n_probes is not None and along is None else 1)
+        found.append(total.sqrt())
+    return torch.stack(found, dim=1).cpu().numpy()
+
+
+def _directions(hidden: Tensor, along: Tensor | None, n_probes: int | None, seed: int) -> Iterator[Tensor]:
+    """The direction given; else every feature; else `n_probes` vectors of +1 and -1, whose mean square is exact."""
+    if along is not None:
+        yield along
+    elif n_probes is None:
+        yield from torch.eye(hidden.shape[2], dtype=hidden.dtype, device=hidden.device)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(n_probes):
+            signs = torch.randint(0, 2, (hidden.shape[2],), generator=generator) * 2 - 1
+            yield signs.to(hidden)

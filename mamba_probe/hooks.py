@@ -5,7 +5,8 @@
 
 `freeze` holds delta, B or C at one value for all tokens of a row (its mean over the row's valid tokens unless a value
 is given): the layer becomes time-invariant in that quantity. `ablate` takes a part out: the convolution becomes the
-identity (the current token passes, bias and older taps do not), the gate is open (its factor is 1), delta, B or C is 0.
+identity (the current token passes, bias and older taps do not), the gate is open (its factor is 1), the decay is gone
+(A_bar is 1: nothing is forgotten, and writes stay delta B), delta, B or C is 0.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from mamba_probe.trace.contract import unknown_name
 __all__ = ["ABLATABLE", "FREEZABLE", "Edit", "ablate", "freeze"]
 
 FREEZABLE = ("delta", "B", "C")
-ABLATABLE = ("delta", "B", "C", "conv", "gate")
+ABLATABLE = ("delta", "B", "C", "conv", "gate", "decay")
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,10 @@ def freeze(target: str, layer: int | None = None, *, value: float | Tensor | Non
 
 
 def ablate(target: str, layer: int | None = None) -> Edit:
-    """Take a part out: "conv" to the identity, "gate" open (factor 1), "delta", "B" or "C" to zero.
+    """Take a part out: "conv" to the identity, "gate" open, "decay" gone (A_bar 1), "delta", "B" or "C" to zero.
 
     Args:
-        target: "conv", "gate", "delta", "B" or "C".
+        target: "conv", "gate", "decay", "delta", "B" or "C".
         layer: the model's own layer number; None is every probed layer.
 
     Raises:

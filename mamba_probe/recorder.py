@@ -145,6 +145,10 @@ class Recorder:
             return
         if self._open is None or call.layer in self._open.seen:
             self._open = self._started(call)
+        if "A" in self._plan.variables and any(edit.startswith("ablate(decay") for edit in call.edits):
+            raise ValueError(
+                f"layer {call.layer}: under ablate(decay) A_bar is 1 whatever A says: record A_bar in place of A"
+            )
         under_way = self._open
         self._edits |= dict.fromkeys(call.edits)
         if call.layer == self._plan.layers[0]:

@@ -28,7 +28,7 @@ from mamba_probe.trace.store import open_dataset, open_trace, remove, save
 __all__ = ["TASKS", "Run", "Text", "randomised_twin", "record_task", "record_text"]
 
 TASKS = {"mqar": tasks.mqar}
-EDITS = (ablate("conv"), ablate("gate"), freeze("delta"), freeze("B"), freeze("C"))
+EDITS = (ablate("conv"), ablate("gate"), ablate("decay"), freeze("delta"), freeze("B"), freeze("C"))
 SHORTEST_ROW = 16
 """Tokens of the last row of a text, below which it is left out: too short for a horizon or a wavelet."""
 PARITY_ROWS = 2

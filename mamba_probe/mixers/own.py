@@ -56,7 +56,7 @@ class S4DAdapter(_Own):
     class_path = ("mamba_probe.blocks", "S4DBlock")
     family = "s4d"
     discretization = "zoh"
-    editable = ("conv", "gate")
+    editable = ("conv", "gate", "decay")
     backends = ("naive", "cpu")
 
     @property

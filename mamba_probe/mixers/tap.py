@@ -84,12 +84,16 @@ class Tap:
         gate = None if self.touches("gate") else z
         if x.dtype == torch.float64:  # the library rounds these to fp32 whatever the model is
             A, D, delta_bias = _double(A), _double(D), _double(delta_bias)
+        log_decay = None
+        if self.touches("decay"):  # with euler the write does not know A
+            log_decay = None if discretization == "euler" else torch.zeros((*delta.shape, A.shape[1])).to(A)
+            A = torch.zeros_like(A) if discretization == "euler" else A
         emit = self._wanted(x.shape[1])
         state = None if initial_state is None else initial_state.to(_state_dtype(x))
         result = selective_scan(
             x, delta, A, B, C, D, gate,
             delta_bias=delta_bias, delta_softplus=delta_softplus, delta_limits=delta_limits,
-            initial_state=state, discretization=discretization, emit=emit, backend=self.backend,
+            initial_state=state, log_decay=log_decay, discretization=discretization, emit=emit, backend=self.backend,
         )  # fmt: skip
         self._note(result, emit, x, z, initial_state)
         return result

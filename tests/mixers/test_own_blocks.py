@@ -199,7 +199,7 @@ def test_what_s4d_has_not_is_refused_by_name():
             probe.record(ids, variables=["delta_cumsum"])
         for edit in (mp.freeze("delta"), mp.ablate("B"), mp.freeze("C", layer=1)):
             with (
-                pytest.raises(ValueError, match=r"is a constant weight, the same at every token.*conv, gate"),
+                pytest.raises(ValueError, match=r"is a constant weight, the same at every token.*conv, gate, decay"),
                 probe.edit(edit),
             ):
                 pass
@@ -234,6 +234,15 @@ def test_convolution_and_gate_can_be_ablated(kind, target):
     elif kind != "mamba2":
         y = after["y"].sel(layer=0).values.reshape(*ids.shape, -1)
         assert error(after["out"].sel(layer=0), y @ mixer.out_proj.weight.detach().numpy().T) < 2e-6
+
+
+def test_s4d_without_decay_sums_what_it_wrote():
+    model = language_model("s4d")
+    ids, _ = prompt()
+    with mp.attach(model) as probe, probe.edit(mp.ablate("decay", layer=0)):
+        after = probe.record(ids, variables=["x", "h", "B_bar"], layers=[0])
+    written = after["B_bar"].values[:, None, None].astype(complex) * after["x"].values[..., None]
+    assert error(after["h"], written.cumsum(2)) < 2e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)

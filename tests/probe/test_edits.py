@@ -64,6 +64,19 @@ def test_ablated_c_leaves_the_skip_and_ablated_b_or_delta_writes_nothing(model):
             assert (float(abs(trace["h"]).max()) == 0) == (name != "C")
 
 
+def test_without_decay_a_model_computes_as_with_a_of_zero(model, build):
+    twin = build()
+    with torch.no_grad():
+        for block in twin.backbone.layers:
+            block.mixer.A_log.fill_(-80.0)
+    with mp.attach(model) as probe, probe.edit(mp.ablate("decay")):
+        np.testing.assert_allclose(out(model), out(twin), atol=2e-5)
+        trace = probe.record(IDS, MASK, variables=["A_bar", "delta"])
+        assert float(trace["A_bar"].min()) == 1
+        with pytest.raises(ValueError, match=r"under ablate\(decay\) A_bar is 1 whatever A says"):
+            probe.record(IDS, MASK, variables=["A"])
+
+
 def test_open_gate_passes_the_scan_output(model, float64_free_readout):
     with mp.attach(model) as probe, probe.edit(mp.ablate("gate")):
         trace = probe.record(IDS, MASK, variables=["y", "z", "out"])

@@ -1,13 +1,15 @@
 """The weight tables of the induction heads. Tokens are one-hot; every block's norm before it is undone."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
+from mamba_probe.constructions.recall_and import STEEP, and_table
 from mamba_probe.constructions.recall_language import EPSILON
-from mamba_probe.constructions.tables import SILU_ONE, Mamba2Table, MambaTable, silu
+from mamba_probe.constructions.tables import SILU_ONE, Mamba2Table, MambaTable, S4DTable, silu
 
-__all__ = ["GAIN", "every_mamba1", "every_mamba2", "special_mamba1", "special_mamba2"]
+__all__ = ["GAIN", "counting_s4d", "every_mamba1", "every_mamba2", "special_mamba1", "special_mamba2"]
 
 GAIN = 2.0  # of the answer, beside the 1 that the residual gives to the token itself
 GATE = 4.0  # z where the memory is read
@@ -90,6 +92,18 @@ def every_mamba2(n_tokens: int) -> tuple[list[Mamba2Table], list[str]]:
     for key in range(n_tokens):
         labels += [f"token {token} after token {key}" for token in range(n_tokens)] + padding
     return layers, labels
+
+
+def counting_s4d(n_tokens: int, keys: Sequence[int]) -> tuple[S4DTable, list[str]]:
+    """Return the weights that count, for each key, how often each token came after it; and what each channel is for.
+
+    Channel (i, j) writes where j comes after i; for a token after itself the difference is 0, and both taps are +1.
+    """
+    tokens, norm = np.eye(n_tokens), _norm(1, n_tokens)
+    key, value = np.repeat(tokens[keys], n_tokens, axis=0), np.tile(tokens, (len(keys), 1))
+    block, same = and_table(norm * key, norm * value, GAIN * value.T), (key == value).all(axis=1)
+    block.in_proj_x[same], block.conv[same, 0] = STEEP * norm * key[same], 1
+    return block, [f"token {token} after token {key}" for key in keys for token in range(n_tokens)]
 
 
 def _shift(block: Mamba2Table, n_tokens: int) -> None:

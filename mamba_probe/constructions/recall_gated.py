@@ -12,6 +12,7 @@ from torch import Tensor
 from mamba_probe.constructions.construction import Construction
 from mamba_probe.constructions.recall_codes import Codes, codes_of
 from mamba_probe.constructions.recall_language import as_ids
+from mamba_probe.constructions.recall_signatures import gated_signatures, recall_states
 from mamba_probe.constructions.recall_tables import LOG_DECAY, WRITE, mamba1_table
 from mamba_probe.constructions.tables import MambaTable, check_dtype, mixer_of
 
@@ -80,6 +81,8 @@ def mqar_gated(
         channels=[*labels, "ramp", "padding"],
         claim=CLAIM,
         answer=partial(_answer, codes=codes),
+        states=recall_states("mamba1", key_code, "add", codes.key.shape[1]),
+        signatures=gated_signatures(key_code),
     )
 
 

@@ -8,7 +8,7 @@ from mamba_probe.constructions.recall_codes import Codes
 from mamba_probe.constructions.recall_language import EPSILON
 from mamba_probe.constructions.tables import INVERSE_SOFTPLUS_ONE, SILU_ONE, Mamba2Table, MambaTable, silu
 
-__all__ = ["GATE", "LOG_DECAY", "WRITE", "mamba1_table", "mamba2_table", "overwrite_table"]
+__all__ = ["GATE", "LOG_DECAY", "WRITE", "mamba1_table", "mamba2_table", "norms_of", "overwrite_table"]
 
 GATE = 4.0  # z at a key token
 WRITE = 40.0  # what a value token adds to the pre-activation of delta
@@ -26,7 +26,7 @@ def mamba1_table(
     (n_keys, key_bits), bits, model = codes.key.shape, codes.value.shape[1], codes.model
     block, keys = MambaTable.zeros(model, 2 * model, state=key_bits, rank=1), np.arange(key_bits)
     previous, current, value = keys, key_bits + keys, 2 * key_bits + np.arange(bits)
-    key_norm, value_norm = _norms(codes) if norms is None else norms
+    key_norm, value_norm = norms_of(codes) if norms is None else norms
     block.in_proj_x[previous, keys] = block.in_proj_x[current, keys] = key_norm
     block.in_proj_x[value, key_bits + np.arange(bits)] = value_norm
     block.in_proj_z[np.ix_(value, keys)] = GATE / codes.key_weight * key_norm
@@ -45,7 +45,7 @@ def mamba2_table(codes: Codes, log_decay: float) -> tuple[Mamba2Table, list[str]
     """Return the weights of one head, and what each channel is for: value bits, padding."""
     key_bits, bits, model = codes.key.shape[1], codes.value.shape[1], codes.model
     block, keys, value = Mamba2Table.zeros(model, model, state=key_bits, head=1), np.arange(key_bits), np.arange(bits)
-    key_norm, value_norm = _norms(codes)
+    key_norm, value_norm = norms_of(codes)
     block.in_proj_B[keys, keys] = block.in_proj_C[keys, keys] = key_norm
     block.in_proj_x[value, key_bits + value] = value_norm
     block.in_proj_z[np.ix_(value, keys)] = GATE / codes.key_weight * key_norm
@@ -69,7 +69,7 @@ def overwrite_table(codes: Codes) -> tuple[MambaTable, list[str]]:
     block = MambaTable.zeros(model, expand * model, state=1, rank=n_keys)
     held = np.arange(stored).reshape(n_keys - 1, bits)
     previous, one = stored + np.arange(n_keys - 1), stored + n_keys - 1
-    key_norm, value_norm = _norms(codes)
+    key_norm, value_norm = norms_of(codes)
     for key, channels in zip(asked, held, strict=True):
         block.in_proj_x[channels, n_keys + np.arange(bits)] = value_norm
         block.in_proj_z[channels, key] = GATE * key_norm
@@ -86,7 +86,7 @@ def overwrite_table(codes: Codes) -> tuple[MambaTable, list[str]]:
     return block, labels + ["padding"] * (expand * model - len(labels))
 
 
-def _norms(codes: Codes) -> tuple[float, float]:
+def norms_of(codes: Codes) -> tuple[float, float]:
     """Return the root mean squares of a key's and of a value's embedding, which undo the norm before the block."""
     key, value = (math.sqrt(square / codes.model + EPSILON) for square in (codes.key_weight, codes.value_weight))
     return key, value

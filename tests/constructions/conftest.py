@@ -57,6 +57,24 @@ def evaluate_mamba2_block(weights, hidden, heads, epsilon=1e-5):
     return SimpleNamespace(out=np.stack(out, axis=1), delta=np.stack(delta, axis=1))
 
 
+def evaluate_s4d_block(weights, hidden):
+    """Return out (batch, token, model) of an S4D block: complex A and C, B = 1, zero-order hold."""
+    w = {name: np.asarray(weight, dtype=np.float64) for name, weight in weights.items()}
+    step, taps = np.exp(w["kernel.log_dt"])[:, None], w["conv1d.weight"][:, 0]
+    a, c = -np.exp(w["kernel.log_A_real"]) + 1j * w["kernel.A_imag"], w["kernel.C"] @ [1, 1j]
+    kept, written = np.exp(step * a), np.expm1(step * a) / a
+    (batch, length, _), channel = hidden.shape, len(taps)
+    window, h, out = np.zeros((batch, *taps.shape)), np.zeros((batch, *a.shape), dtype=complex), []
+    for t in range(length):
+        projected = hidden[:, t] @ w["in_proj.weight"].T
+        window = np.concatenate([window[..., 1:], projected[:, :channel, None]], axis=-1)
+        x = silu((window * taps).sum(-1) + w["conv1d.bias"])
+        h = kept * h + written * x[..., None]
+        y = 2 * (c * h).sum(-1).real + w["D"] * x
+        out.append((y * silu(projected[:, channel:])) @ w["out_proj.weight"].T)
+    return SimpleNamespace(out=np.stack(out, axis=1))
+
+
 def evaluate_language_model(weights, input_ids, epsilon=1e-5):
     """Return the logits (batch, token, vocab) of a language model."""
     w = {name: np.asarray(weight, dtype=np.float64) for name, weight in weights.items()}
@@ -65,11 +83,13 @@ def evaluate_language_model(weights, input_ids, epsilon=1e-5):
         return scale * hidden / np.sqrt((hidden**2).mean(-1, keepdims=True) + epsilon)
 
     hidden = w["backbone.embeddings.weight"][input_ids]
-    for layer in range(sum(name.endswith("A_log") for name in w)):
+    for layer in range(sum(name.endswith("mixer.in_proj.weight") for name in w)):
         prefix = f"backbone.layers.{layer}.mixer."
         block = {name.removeprefix(prefix): weight for name, weight in w.items() if name.startswith(prefix)}
         taken = normed(hidden, w[f"backbone.layers.{layer}.norm.weight"])
-        if "norm.weight" in block:
+        if "kernel.C" in block:
+            hidden = hidden + evaluate_s4d_block(block, taken).out
+        elif "norm.weight" in block:
             hidden = hidden + evaluate_mamba2_block(block, taken, block["A_log"].size, epsilon).out
         else:
             hidden = hidden + evaluate_block(block, taken).out
@@ -77,10 +97,12 @@ def evaluate_language_model(weights, input_ids, epsilon=1e-5):
 
 
 def logits_of(construction, input_ids, rows=1):
-    """Return transformers' logits, float64 (batch, token, vocab), `rows` rows at a time."""
+    """Return the model's logits, float64 (batch, token, vocab), `rows` rows at a time."""
+    model = construction.model
+    options = {"use_cache": False} if hasattr(model, "config") else {}  # ours have no cache
     with torch.no_grad():
         pieces = construction.inputs(input_ids).split(rows)
-        return np.concatenate([construction.model(ids, use_cache=False).logits.double().numpy() for ids in pieces])
+        return np.concatenate([model(ids, **options).logits.double().numpy() for ids in pieces])
 
 
 def least_margin(logits, target):
@@ -150,6 +172,8 @@ def tool():
 def evaluate():
     def run(module, hidden):
         weights, hidden = module.state_dict(), np.asarray(hidden, np.float64)
+        if "kernel.C" in weights:
+            return evaluate_s4d_block(weights, hidden)
         if "norm.weight" in weights:
             return evaluate_mamba2_block(weights, hidden, module.num_heads)
         return evaluate_block(weights, hidden)

@@ -105,8 +105,8 @@ def test_two_layers_describe_their_channels():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "all"}, 'kind=\'all\' is not supported; use "special" or "every"'),
-        ({"mixer": "s4d"}, 'mixer=\'s4d\' is not supported; use "mamba1" or "mamba2"'),
+        ({"kind": "all"}, 'kind=\'all\' is not supported; use one of "special", "every"'),
+        ({"mixer": "s4"}, "mixer='s4' is not supported; did you mean 's4d'"),
         ({"n_tokens": 1}, r"n_tokens >= 2 \(got 1\)"),
         ({"kind": "special", "special": 16}, r"0 <= special < n_tokens \(got special = 16, n_tokens = 16\)"),
         ({"special": 3}, 'special=3 goes with kind="special" alone'),

@@ -119,7 +119,10 @@ def test_one_broken_weight_breaks_it(broken):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"mixer": "s4d"}, 'mixer=\'s4d\' is not supported; use one of "mamba1", "mamba2"'),
+        ({"mixer": "s5"}, 'mixer=\'s5\' is not supported; use one of "mamba1", "mamba2", "s4d"'),
+        ({"mixer": "s4"}, "did you mean 's4d'"),
+        ({"mixer": "s4d", "writes": "overwrite"}, r"writes='overwrite' needs mixer=\"mamba1\": S4D is time-invariant"),
+        ({"mixer": "s4d", "writes": "last"}, r"writes='last' needs mixer=\"mamba1\" or \"mamba2\": S4D is time-inv"),
         ({"mixer": "mamba"}, r"did you mean 'mamba[12]'\?"),
         ({"key_code": "two-hot"}, r"key_code='two-hot' is not supported; .*-hot\", \"constant-weight\", \"random\""),
         ({"writes": "first"}, r"writes='first' is not supported; use one of \"add\", \"last\", \"overwrite\""),
@@ -128,7 +131,10 @@ def test_one_broken_weight_breaks_it(broken):
         ({"key_code": "random", "bits": (8, 8)}, r"needs bits=.* and a seed \(got .* seed=None\)"),
         ({"key_code": "random", "seed": 0}, r"needs bits=\(key bits, value bits\) and a seed \(got bits=None"),
         ({"key_code": "random", "bits": (0, 8), "seed": 0}, r"at least one bit .*bits=\(0, 8\)"),
-        ({"key_code": "random", "bits": (8, 8), "seed": 0, "mixer": "mamba2"}, 'needs mixer="mamba1"'),
+        ({"key_code": "random", "bits": (9, 8), "seed": 0, "mixer": "mamba2"}, r"even number of key bits, .*\(got 9\)"),
+        ({"key_code": "random", "bits": (5, 8), "seed": 0}, r"2\*\*5 >= n_keys - 1, a code a key \(got 32 < 63\)"),
+        ({"key_code": "random", "bits": (6, 8), "seed": 0, "mixer": "mamba2"}, r"C\(6, 3\) >= n_keys - 1, .*20 < 63"),
+        ({"key_code": "random", "bits": (8, 5), "seed": 0, "mixer": "s4d"}, r"2\*\*5 >= n_values, .*\(got 32 < 64\)"),
         ({"bits": (8, 8)}, r"bits and seed go with key_code=\"random\" alone \(got bits=\(8, 8\), seed=None\)"),
         ({"n_keys": 1}, r"n_keys >= 2, the filler and a key \(got 1\)"),
         ({"n_values": 1}, r"n_values >= 2 \(got 1\)"),

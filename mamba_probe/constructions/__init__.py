@@ -5,6 +5,6 @@ from mamba_probe.constructions.induction import induction
 from mamba_probe.constructions.keep import keep_nth
 from mamba_probe.constructions.recall import mqar
 from mamba_probe.constructions.recall_gated import mqar_gated
-from mamba_probe.constructions.wavelets import haar
+from mamba_probe.constructions.wavelets import haar, window_sums
 
-__all__ = ["Construction", "haar", "induction", "keep_nth", "mqar", "mqar_gated"]
+__all__ = ["Construction", "haar", "induction", "keep_nth", "mqar", "mqar_gated", "window_sums"]

@@ -30,8 +30,8 @@ class Construction:
             language model of `mamba_probe.blocks` (S4D, and Mamba-2 without its norm), in eval mode.
         inputs: turns the task's input into what `model` takes.
         expected: turns the task's input into the model's output at the last token (batch, model), or None.
-        read_out: the matrix (kernel, channel) that turns the channels' kernels of the last token into kernels of the
-            task's input, or None.
+        read_out: the matrix (kernel, channel), or (kernel, head) in Mamba-2, that turns the channels' or heads' kernels
+            of the last token into kernels of the task's input, or None.
         bound: bound on the error in exact arithmetic, for inputs of at most 1 in absolute value, or None.
         channels: what each channel is for, layer after layer.
         claim: what the weights do, in words.

@@ -27,4 +27,4 @@ def decay(layout: Layout, beta: float) -> Plan:
     block.out_proj[: layout.kernels, token] = layout.rows * 2 / beta
     labels = ["u", "-u", "position", "one"] + [f"token {n}" for n in range(layout.length)]
     bound = float(np.abs(layout.rows).sum(1).max()) * ramp_bound(beta)
-    return Plan(block, labels, bound, CLAIM)
+    return Plan(block, labels, "beta / 2 times u at the channel's token", bound, CLAIM)

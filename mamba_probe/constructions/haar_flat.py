@@ -4,10 +4,12 @@ import math
 
 import numpy as np
 
-from mamba_probe.constructions.haar_layout import LOG_DECAY, ONE, Layout, Plan
-from mamba_probe.constructions.tables import INVERSE_SOFTPLUS_ONE, SILU_ONE, MambaTable
+from mamba_probe.constructions.haar_layout import FLAT, HELD, LOG_DECAY, ONE, Layout, Plan
+from mamba_probe.constructions.tables import SILU_ONE, MambaTable
 
 __all__ = ["flat_b", "flat_x"]
+
+STATE = "sum over the channel's window"
 
 CLAIM_X = """Window k = [k L, (k+1) L) has two channels, x = silu(u) and x = silu(-u), with delta = 1 inside the window
 and 0 outside, no decay, B = C = 1: their states hold the sum of u over the window, and out_proj turns the {windows}
@@ -29,11 +31,11 @@ def flat_x(layout: Layout, beta: float) -> Plan:
     block.in_proj_z[np.r_[plus, minus], 2] = 1
     block.x_proj_B[0, one] = block.x_proj_C[0, one] = 1 / SILU_ONE
     block.dt_proj[plus, np.arange(windows)] = block.dt_proj[minus, np.arange(windows)] = -1
-    rows = layout.rows / SILU_ONE
+    rows = layout.rows / (SILU_ONE * HELD)
     block.out_proj[: layout.kernels, plus], block.out_proj[: layout.kernels, minus] = rows, -rows
     labels += [f"window of {sign} {span}" for sign in ("u", "-u") for span in layout.spans()] + ["one"]
     odd = block.in_proj_x[:, 0] / 2  # silu(u) = u/2 + even part, silu(-u) = -u/2 + the same even part
-    return Plan(block, labels, _bound(layout, beta), CLAIM_X, block.out_proj[: layout.kernels] * SILU_ONE * odd)
+    return Plan(block, labels, STATE, _bound(layout, beta), CLAIM_X, block.out_proj[: layout.kernels] * SILU_ONE * odd)
 
 
 def flat_b(layout: Layout, beta: float) -> Plan:
@@ -47,9 +49,9 @@ def flat_b(layout: Layout, beta: float) -> Plan:
     block.x_proj_B[0, plus], block.x_proj_B[0, minus] = 1, -1
     block.x_proj_C[0, window[0]] = 1
     block.dt_proj[window, np.arange(layout.windows)] = -1
-    block.out_proj[: layout.kernels, window] = layout.rows
+    block.out_proj[: layout.kernels, window] = layout.rows / HELD
     labels += ["u", "-u"] + [f"window {span}" for span in layout.spans()]
-    return Plan(block, labels, _bound(layout, beta), CLAIM_B)
+    return Plan(block, labels, STATE, _bound(layout, beta), CLAIM_B)
 
 
 def _ramps(block: MambaTable, layout: Layout, beta: float) -> list[str]:
@@ -60,7 +62,7 @@ def _ramps(block: MambaTable, layout: Layout, beta: float) -> list[str]:
     block.in_proj_x[up, 1], block.conv_bias[up] = beta * layout.length, beta * (0.5 - knot)
     block.x_proj_dt[np.arange(1, layout.windows), down] = 1  # window k opens at knot k ...
     block.x_proj_dt[np.arange(knots), up] = 1  # ... and closes at knot k + 1
-    block.dt_bias[:] = INVERSE_SOFTPLUS_ONE
+    block.dt_bias[:] = FLAT
     block.A_log[:] = LOG_DECAY
     return [f"ramp down {a}" for a in knot] + [f"ramp up {a}" for a in knot]
 
@@ -69,7 +71,7 @@ def _bound(layout: Layout, beta: float) -> float:
     """Return the error of an output for |u| <= 1: a window's leak (inside, outside, decay) times the widest row."""
     ratio = math.exp(-beta)
     leak = math.exp(-1) if beta < 2 else beta / 2 * math.exp(-beta / 2)  # |silu - relu| at half a token
-    slope = 1 / (1 + math.exp(-INVERSE_SOFTPLUS_ONE - 2 * leak))
+    slope = 1 / (1 + math.exp(-FLAT - 2 * leak))
     inside = slope * beta * (1 + ratio) / (1 - ratio) ** 2
     outside = 2 * math.expm1(1.0) * math.exp(2 * leak) / (1 - ratio)
     decay = math.exp(LOG_DECAY) * layout.span**2 / 2

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from mamba_probe.constructions.tables import CONV_KERNEL, MambaTable
+from mamba_probe.constructions.tables import CONV_KERNEL, INVERSE_SOFTPLUS_ONE, Mamba2Table, MambaTable
 
-__all__ = ["LOG_DECAY", "ONE", "SHIFT", "Layout", "Plan", "haar_rows"]
+__all__ = ["FLAT", "HELD", "LOG_DECAY", "ONE", "SHIFT", "Layout", "Plan", "haar_rows"]
 
 LOG_DECAY = -80.0  # A_log: no decay that a float64 can see
 ONE = 1.278464542761074  # silu(ONE) = 1
+FLAT = float(np.float32(INVERSE_SOFTPLUS_ONE))  # transformers rounds delta's bias to float32, in float64 models too ...
+HELD = float(np.logaddexp(0, FLAT))  # ... delta is then this, 4.5e-10 less than 1: out_proj divides by it
 SHIFT = 40.0  # silu(t + SHIFT) = t + SHIFT in float64
 FEATURES = 3  # u_t, t/T and 1
 
@@ -71,14 +73,17 @@ class Plan:
     Arguments:
         block: the weights.
         channels: what each channel is for, the padding left out.
+        state: what the one state of a channel is for.
         bound: of the error of an output, for |u| <= 1.
         claim: what the weights do.
-        read_out: (kernel, channel) from the channels' kernels to the outputs' kernels of u, where u enters through x.
+        read_out: (kernel, channel), or (kernel, head) in Mamba-2, from the channels' or heads' kernels to the outputs'
+            kernels of u, where u enters through x.
         limit: |u| must stay under it.
     """
 
-    block: MambaTable
+    block: MambaTable | Mamba2Table
     channels: list[str]
+    state: str
     bound: float
     claim: str
     read_out: Float[np.ndarray, "kernel channel"] | None = None

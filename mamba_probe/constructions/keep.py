@@ -1,4 +1,4 @@
-"""A Mamba-1 block that forgets everything but one token."""
+"""A Mamba-1 or Mamba-2 block that forgets everything but one token."""
 
 import math
 from functools import partial
@@ -10,11 +10,15 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from mamba_probe.constructions.construction import Construction
-from mamba_probe.constructions.tables import SILU_ONE, MambaTable, check_dtype, mixer_of
+from mamba_probe.constructions.keep_tables import TABLES
+from mamba_probe.constructions.tables import check_dtype, mixer_of
 
 __all__ = ["keep_nth", "ramp_bound"]
 
-SHIFT = 40.0  # silu(t + SHIFT) = t + SHIFT in float64
+MIXERS = ("mamba1", "mamba2")
+NORMED = """
+The gated norm brings outputs to one size: only the last token's is claimed, whose size before the norm is known and
+restored."""
 
 CLAIMS = {
     "ramp": """delta_t = softplus(beta (n + 1/2 - t)) and A = -1: exp(A delta) is 0 up to token n, which erases, and 1
@@ -32,6 +36,7 @@ def keep_nth(
     beta: float = 64.0,
     profile: str = "ramp",
     dtype: torch.dtype = torch.float32,
+    mixer: str = "mamba1",
 ) -> Construction:
     r"""Build the block whose last token returns token `n` of the sequence, however long ago that was.
 
@@ -46,6 +51,10 @@ def keep_nth(
     with an error of at most T (1 + 1 / beta) exp(-beta). Source: ours (our construction of the claim of
     arXiv 2506.11891 on memory decay).
 
+    Mamba-2 is one head with a channel a token id. Its gated norm gives every token's output the same size; only the
+    last token's is claimed, whose size before the norm is known and restored. transformers computes that norm, and
+    Mamba-2's own scan, in float32 whatever the dtype.
+
     Arguments:
         n_tokens: number of token ids.
         length: tokens T of a sequence, for "ramp" a power of two.
@@ -54,13 +63,17 @@ def keep_nth(
         profile: "ramp": delta falls along the sequence, exp(A delta) is 0 up to n and 1 after it; "event": exp(A delta)
             is 0 at n and 1 elsewhere.
         dtype: of the weights, float32 or float64.
+        mixer: "mamba1" or "mamba2".
 
     Returns:
-        A construction around a bare `MambaMixer`. `inputs(token_ids)` takes ids (batch, token) to hidden states
-        (batch, token, model); `expected(token_ids)` is the one-hot token n (batch, model).
+        A construction around a bare `MambaMixer` or `Mamba2Mixer`. `inputs(token_ids)` takes ids (batch, token) to
+        hidden states (batch, token, model); `expected(token_ids)` is the one-hot token n (batch, model). Its
+        `signatures`, each where there are tokens to take it from: the means of exp(A delta) before, at and after n;
+        `gamma`, the mean after n less that up to n; `sigma_at_most`, a bound on -A times the sum of delta after n;
+        `horizon_of_n_at_least`, in tokens: the end of the sequence censors it; `horizon_before_n`, of token n - 1.
 
     Raises:
-        ValueError: if the sizes do not fit each other, or the profile or dtype is another one.
+        ValueError: if the sizes do not fit each other, or the profile, mixer or dtype is another one.
 
     Example:
         >>> import numpy as np, torch
@@ -70,21 +83,26 @@ def keep_nth(
         ...     output = construction.model(construction.inputs(tokens))[:, -1]
         >>> output.round(decimals=5).tolist()
         [[0.0, 0.0, 0.0, 1.0, 0.0, 0.0]]
+        >>> keep_nth(n_tokens=4, length=32, n=3, mixer="mamba2")
+        Construction(keep_nth: Mamba2Mixer, model=6, channel=6, state=1, head=1, float32)
     """
-    _check(n_tokens, length, n, beta, profile)
+    _check(n_tokens, length, n, beta, profile, mixer)
     check_dtype(dtype)
     ramp = profile == "ramp"
-    block = _ramp(n_tokens, length, n, beta) if ramp else _event(n_tokens, beta)
     feature = np.arange(length) / length if ramp else np.eye(1, length, n)[0]
+    error = ramp_bound(beta) if ramp else length * (1 + 1 / beta) * math.exp(-beta)
+    rest = ["position" if ramp else "marker", "one"] if mixer == "mamba1" else ["padding"] * 2
     return Construction(
         name="keep_nth" if ramp else "keep_nth event",
-        model=mixer_of(block, dtype),
+        model=mixer_of(TABLES[mixer, profile](n_tokens, length, n, beta), dtype),
         inputs=partial(_inputs, n_tokens=n_tokens, feature=feature, dtype=dtype),
         expected=partial(_expected, n_tokens=n_tokens, length=length, n=n),
         read_out=None,
-        bound=ramp_bound(beta) if ramp else length * (1 + 1 / beta) * math.exp(-beta),
-        channels=[f"token {token}" for token in range(n_tokens)] + ["position" if ramp else "marker", "one"],
-        claim=CLAIMS[profile],
+        bound=error if mixer == "mamba1" else _normed(error),
+        channels=[f"token {token}" for token in range(n_tokens)] + rest,
+        claim=CLAIMS[profile] + NORMED * (mixer == "mamba2"),
+        states=["delta of token n, in the channel of its id"],
+        signatures=_signatures(ramp, length, n, beta),
     )
 
 
@@ -106,38 +124,30 @@ def ramp_bound(beta: float) -> float:
     return older + (2 / beta + 1) * math.exp(-beta / 2) / -math.expm1(-beta)
 
 
-def _ramp(n_tokens: int, length: int, n: int, beta: float) -> MambaTable:
-    block, tokens, position = _values(n_tokens)
-    block.in_proj_x[position, position], block.conv_bias[position] = length, SHIFT
-    block.x_proj_dt[0, position] = 1
-    block.dt_proj[:, 0], block.dt_bias[:] = -beta, beta * (n + 0.5 + SHIFT)
-    block.out_proj[tokens, tokens] = 2 / (beta * SILU_ONE**2)
-    return block
+def _normed(error: float) -> float | None:
+    """Return the error after the norm, from the sum of the errors before it; None where they exceed what is kept."""
+    return error / (1 - error) if error < 1 else None
 
 
-def _event(n_tokens: int, beta: float) -> MambaTable:
-    block, tokens, marker = _values(n_tokens)
-    block.in_proj_x[marker, marker] = 1
-    block.x_proj_dt[0, marker] = 1 / SILU_ONE
-    block.dt_proj[:, 0], block.dt_bias[:] = 2 * beta, -beta
-    block.out_proj[tokens, tokens] = 1 / (beta * SILU_ONE**2)
-    return block
+def _signatures(ramp: bool, length: int, n: int, beta: float) -> dict[str, float]:
+    """Return the ideal values, in the limit of a large beta; bounds and horizons hold at this beta."""
+    after = length - 1 - n
+    decay = {"mean_decay_before": 0.0 if ramp else 1.0} if n else {}
+    decay |= {"mean_decay_at": 0.0}
+    decay |= {"mean_decay_after": 1.0, "gamma": 1.0 if ramp else 1 / (n + 1)} if after else {}
+    least = math.exp(-beta / 2) / -math.expm1(-beta) if ramp else after * math.exp(-beta)
+    decay |= {"sigma_at_most": least if after else 0.0}
+    decay |= {"horizon_of_n_at_least": float(after)} if least < 1 else {}
+    erased = beta / 2 if ramp else beta  # delta of token n, at least
+    return decay | ({"horizon_before_n": 1.0} if n and erased >= 1 else {})
 
 
-def _values(n_tokens: int) -> tuple[MambaTable, np.ndarray, int]:
-    """Return a block whose first channels hold the one-hot token, with B = C = 1, the last one 1; then the free one."""
-    size, tokens, one = n_tokens + 2, np.arange(n_tokens), n_tokens + 1
-    block = MambaTable.zeros(size, size, state=1, rank=1)
-    block.conv[:, 0] = 1
-    block.in_proj_x[tokens, tokens] = block.in_proj_x[one, one] = 1
-    block.in_proj_z[tokens, one] = 1
-    block.x_proj_B[0, one] = block.x_proj_C[0, one] = 1 / SILU_ONE
-    return block, tokens, n_tokens
-
-
-def _check(n_tokens: int, length: int, n: int, beta: float, profile: str) -> None:
+def _check(n_tokens: int, length: int, n: int, beta: float, profile: str, mixer: str) -> None:
     if profile not in CLAIMS:
         raise ValueError(f"keep_nth: profile={profile!r} is not supported, expected one of {list(CLAIMS)}")
+    if mixer not in MIXERS:
+        hint = "; a time-invariant one keeps no token of its choice" if mixer == "s4d" else ""
+        raise ValueError(f"keep_nth: mixer={mixer!r} is not supported, expected one of {list(MIXERS)}{hint}")
     needs = {
         f"n_tokens >= 1 (got {n_tokens})": n_tokens >= 1,
         f"length >= 1 (got {length})": length >= 1,

@@ -242,6 +242,7 @@ def fresh(config: Any, seed: int = 0) -> nn.Module:
             model: Any = getattr(transformers, name)(config)
         else:
             model = getattr(transformers, f"{bare}Model")(config).layers[0].mixer
+            model.config = config  # Mamba2Mixer keeps none
     return model.to(config.dtype).eval()
 
 

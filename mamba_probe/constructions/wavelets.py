@@ -1,4 +1,4 @@
-"""A Mamba-1 block that returns the coarse Haar coefficients of its input."""
+"""A Mamba-1 or Mamba-2 block that returns the coarse Haar coefficients of its input."""
 
 import math
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from mamba_probe.constructions.construction import Construction
 from mamba_probe.constructions.haar_decay import decay
 from mamba_probe.constructions.haar_flat import flat_b, flat_x
 from mamba_probe.constructions.haar_layout import Layout, Plan, haar_rows
-from mamba_probe.constructions.haar_ramps import delta, ramps
-from mamba_probe.constructions.tables import check_dtype, mixer_of
+from mamba_probe.constructions.haar_ramps import delta, ramps, ramps_mamba2
+from mamba_probe.constructions.tables import MambaTable, check_dtype, mixer_of, own_mixer_of
 
 __all__ = ["haar", "window_sums"]
 
@@ -28,6 +28,8 @@ VARIANTS: dict[str, Callable[[Layout, float], Plan]] = {
     "delta": delta,
     "decay": decay,
 }
+VARIANTS_MAMBA2 = {"ramps": ramps_mamba2}
+MIXERS = {"mamba1": VARIANTS, "mamba2": VARIANTS_MAMBA2}
 REFUSED = ("D", "flat-decay")  # erase by a large delta up to the window, hold by a small one in it
 
 
@@ -37,6 +39,7 @@ def haar(
     beta: float = 64.0,
     variant: str = "flat-x",
     dtype: torch.dtype = torch.float32,
+    mixer: str = "mamba1",
 ) -> Construction:
     r"""Build the block whose last token returns the `2**levels` coarsest Haar coefficients of a sequence u.
 
@@ -58,7 +61,9 @@ def haar(
     "decay"    softplus(beta (n + 1/2 - t)), A = -1  B; levels = log2 T           T + 4            exp(-beta / 2)
     ========== ===================================== ============================ ================ =================
 
-    "ramps" and "delta" lose about T^2 of relative precision: "delta" is for float64 only.
+    "ramps" and "delta" lose about T^2 of relative precision: "delta" is for float64 only. Mamba-2 has "ramps" alone, in
+    2 2^levels - 1 heads of two channels, u through x; its gated norm would divide the coefficients by their own size,
+    so the block is `mamba_probe.blocks.Mamba2Block` without it.
 
     Arguments:
         length: tokens T of a sequence, a power of two.
@@ -66,15 +71,20 @@ def haar(
         beta: steepness of the windows' edges.
         variant: a row of the table.
         dtype: of the weights, float32 or float64.
+        mixer: "mamba1", or "mamba2" for "ramps".
 
     Returns:
-        A construction around a bare `MambaMixer`. `inputs(u)` takes u (batch, token) to hidden states
-        (batch, token, model); `expected(u)` is the coefficients (batch, model), zero beyond `2**levels`.
+        A construction around a bare `MambaMixer`, or our own `Mamba2Block`. `inputs(u)` takes u (batch, token) to
+        hidden states (batch, token, model); `expected(u)` is the coefficients (batch, model), zero beyond `2**levels`.
         For "flat-x" `read_out @ kernels`, with kernels (channel, token) = C exp(A sum delta) delta B at the last token,
-        is the Haar basis; for the others, whose kernels are not kernels of u, `read_out` is None.
+        is the Haar basis, and so for Mamba-2's kernels (head, token); for the others, whose kernels are not kernels of
+        u, `read_out` is None. Its `signatures`: of the kernels d out / d u, `kernel_cosine` with the Haar functions,
+        `discontinuity_index`, their largest step over their range, the constant one left out, and `capture_residual`,
+        the share of the Haar functions' energy outside their span; with a `read_out`, `layer_best_cosine` and
+        `layer_scaling_cosine` of `wavelet_alignment`, means over all kernels, the constant one among them.
 
     Raises:
-        ValueError: if the sizes do not fit each other, or the variant or dtype is another one.
+        ValueError: if the sizes do not fit each other, or the variant, mixer or dtype is another one.
 
     Example:
         >>> import numpy as np, torch
@@ -90,8 +100,10 @@ def haar(
         True
         >>> haar(length=16, levels=2, variant="flat-B")
         Construction(haar flat-B: MambaMixer, model=4, channel=12, state=1, rank=4, float32)
+        >>> haar(length=16, levels=2, variant="ramps", mixer="mamba2")
+        Construction(haar ramps: Mamba2Block, model=4, channel=14, state=1, head=7, float32)
     """
-    _check_variant("haar", variant)
+    _check_variant("haar", variant, mixer)
     needs = {
         f"length a power of two (got {length})": length > 0 and length & (length - 1) == 0,
         f"levels >= 1 (got {levels})": levels >= 1,
@@ -105,7 +117,11 @@ def haar(
     name = "haar" if variant == "flat-x" else f"haar {variant}"
     layout = Layout(length, haar_rows(length, 2**levels))
     outputs = "Haar coefficients (cA_n, cD_n, cD_{n-1}, ...) of the whole sequence"
-    return _construction(name, layout, beta, variant, dtype, outputs, _coefficients)
+    construction = _construction(name, layout, MIXERS[mixer][variant](layout, beta), dtype, outputs, _coefficients)
+    if construction.read_out is not None:
+        constant = 1 / layout.kernels  # share of the one kernel without a wavelet
+        construction.signatures.update(layer_best_cosine=1 - constant, layer_scaling_cosine=constant)
+    return construction
 
 
 def window_sums(
@@ -114,6 +130,7 @@ def window_sums(
     beta: float = 64.0,
     variant: str = "flat-x",
     dtype: torch.dtype = torch.float32,
+    mixer: str = "mamba1",
 ) -> Construction:
     r"""Build the block of `haar` that returns the sums of u over equal windows, for any length they divide.
 
@@ -127,9 +144,10 @@ def window_sums(
         beta: steepness of the windows' edges.
         variant: as in `haar`.
         dtype: of the weights, float32 or float64.
+        mixer: as in `haar`.
 
     Raises:
-        ValueError: if the sizes do not fit each other, or the variant or dtype is another one.
+        ValueError: if the sizes do not fit each other, or the variant, mixer or dtype is another one.
 
     Example:
         >>> import numpy as np, torch
@@ -141,7 +159,7 @@ def window_sums(
         ...     construction.model(construction.inputs(u))[:, -1].round(decimals=3).tolist()
         [[6.0, 22.0, 38.0]]
     """
-    _check_variant("window_sums", variant)
+    _check_variant("window_sums", variant, mixer)
     needs = {
         f"2 <= windows <= length (got windows = {windows}, length = {length})": 2 <= windows <= length,
         f"length % windows == 0 (got {length} and {windows})": windows < 1 or length % windows == 0,
@@ -153,33 +171,37 @@ def window_sums(
     _check("window_sums", needs, dtype)
     name = "window_sums" if variant == "flat-x" else f"window_sums {variant}"
     layout = Layout(length, np.eye(windows))
-    return _construction(name, layout, beta, variant, dtype, "the outputs, a sum each,", _sums)
+    plan = MIXERS[mixer][variant](layout, beta)
+    return _construction(name, layout, plan, dtype, "the outputs, a sum each,", _sums)
 
 
 def _construction(
     name: str,
     layout: Layout,
-    beta: float,
-    variant: str,
+    plan: Plan,
     dtype: torch.dtype,
     outputs: str,
     truth: Callable[[np.ndarray, int], np.ndarray],
 ) -> Construction:
-    plan = VARIANTS[variant](layout, beta)
-    padding = plan.block.D.size - len(plan.channels)
+    block = plan.block
+    padding = block.out_proj.shape[1] - len(plan.channels)
     return Construction(
         name=name,
-        model=mixer_of(plan.block, dtype),
+        model=mixer_of(block, dtype) if isinstance(block, MambaTable) else own_mixer_of(block, dtype, gated_norm=False),
         inputs=partial(_inputs, layout=layout, limit=plan.limit, dtype=dtype),
         expected=partial(_expected, layout=layout, limit=plan.limit, truth=truth),
         read_out=plan.read_out,
         bound=plan.bound,
         channels=plan.channels + ["padding"] * padding,
         claim=fill(plan.claim.format(windows=layout.windows, outputs=outputs), 118),
+        states=[plan.state],
+        signatures={"kernel_cosine": 1.0, "discontinuity_index": 1.0, "capture_residual": 0.0},
     )
 
 
-def _check_variant(name: str, variant: str) -> None:
+def _check_variant(name: str, variant: str, mixer: str) -> None:
+    if mixer not in MIXERS:
+        raise ValueError(f"{name}: mixer={mixer!r} is not supported, expected one of {list(MIXERS)}")
     if variant in REFUSED:
         raise ValueError(
             f"{name}: variant={variant!r}, decay used as a flat window, is not offered: B_bar = delta B writes the "
@@ -190,6 +212,12 @@ def _check_variant(name: str, variant: str) -> None:
         close = get_close_matches(str(variant), VARIANTS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"{name}: variant={variant!r} is not supported, expected one of {list(VARIANTS)}{hint}")
+    if variant not in MIXERS[mixer]:
+        flat = ": its delta needs silu features, which dt of Mamba-2 does not see" * variant.startswith("flat")
+        raise ValueError(
+            f"{name}: variant={variant!r} is not offered with mixer={mixer!r}{flat}; "
+            f'use variant="ramps", or mixer="mamba1"'
+        )
 
 
 def _check(name: str, needs: dict[str, bool], dtype: torch.dtype) -> None:

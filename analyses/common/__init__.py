@@ -1,7 +1,8 @@
 """What the analyses share: one canonical form of a trace, intervals, labelled results and a palette."""
 
+from mamba_probe.analyses.common.attention import attention_row
 from mamba_probe.analyses.common.bootstrap import interval, resamples
 from mamba_probe.analyses.common.canonical import Canonical, Row
 from mamba_probe.analyses.common.result import described, refuse
 
-__all__ = ["Canonical", "Row", "described", "interval", "refuse", "resamples"]
+__all__ = ["Canonical", "Row", "attention_row", "described", "interval", "refuse", "resamples"]

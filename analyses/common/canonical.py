@@ -1,14 +1,16 @@
-"""One form for both families: delta (token, head), A (head, decay), B and C (token, group, state), one row at a time.
+"""One form for all families: delta (token, head), A (head, decay), B and C (token, group, state), one row at a time.
 
-A Mamba-1 channel is a head; `decay` is `state`, but of size 1 in Mamba-2, since all its states share one.
+A channel of Mamba-1 or S4D is a head; `decay` is `state`, but of size 1 in Mamba-2, since all its states share one.
+S4D's delta, B and C are the same at every token, and its channels are groups of their own; its A, B and C are complex.
 Only valid tokens appear, in order, so a lag is a difference of `position`.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Inexact, Int
 
 from mamba_probe.trace import require
 
@@ -54,7 +56,7 @@ class Canonical:
         names: schema variables that the analysis needs.
 
     Raises:
-        ValueError: a variable is missing, A is complex or positive, a row has no valid token, `position` does not grow.
+        ValueError: a variable is missing, A is positive, a row has no valid token, `position` does not grow.
 
     >>> import numpy as np, xarray as xr
     >>> trace = xr.Dataset(
@@ -69,11 +71,9 @@ class Canonical:
 
     def __init__(self, trace: xr.Dataset, *names: str):
         require(trace, *names, "valid", "position")
-        if trace.attrs["family"] == "s4d":
-            raise ValueError(
-                "this analysis reads traces of Mamba and Mamba-2; got s4d, whose delta, B and C are constant"
-            )
         self.trace = trace
+        self.constant = trace.attrs["family"] == "s4d"
+        self.zoh = trace.attrs.get("discretization") == "zoh"
         self.head_dim = str(trace["delta"].dims[-1])
         self.n_layers, self.n_rows = trace.sizes["layer"], trace.sizes["batch"]
         self.n_heads = trace.sizes[self.head_dim]
@@ -120,11 +120,13 @@ class Canonical:
         return bool(np.all(np.diff(self.positions(row)) == 1) and np.all(np.diff(token) == 1))
 
     def groups(self) -> Int[np.ndarray, " head"]:
-        """Group of each head: head i of H reads group i // (H / G).
+        """Group of each head: head i of H reads group i // (H / G); in S4D its own.
 
         Raises:
             ValueError: H is no multiple of G.
         """
+        if self.constant:
+            return np.arange(self.n_heads)
         n_heads, n_groups = int(self.trace.attrs.get("n_heads", self.n_heads)), self.trace.sizes["group"]
         if n_groups == 1:
             return np.zeros(self.n_heads, dtype=int)
@@ -135,20 +137,28 @@ class Canonical:
             )
         return self.heads // (n_heads // n_groups)
 
-    def decay(self, layer: int) -> Float[np.ndarray, "head decay"]:
-        """A of a layer, by position on the layer axis.
+    def matrix(self, layer: int) -> Inexact[np.ndarray, "head decay"]:
+        """A of a layer, by position on the layer axis: complex in S4D.
 
         Raises:
-            ValueError: A is complex, not finite or positive.
+            ValueError: A is not finite, its real part positive, or complex in another family than S4D.
         """
-        A = self.trace["A"].isel(layer=layer).values
-        if np.iscomplexobj(A):
-            raise ValueError("`A` is complex; this analysis reads real A only (Mamba, Mamba-2)")
-        if not np.all(np.isfinite(A) & (A <= 0)):
+        A: Any = self.trace["A"].isel(layer=layer).values
+        if np.iscomplexobj(A) and not self.constant:
+            raise ValueError(f"`A` is complex in a trace of {self.trace.attrs['family']}; only S4D has complex A")
+        if not np.all(np.isfinite(A) & (A.real <= 0)):
             raise ValueError(
-                f"`A` of layer {self.layers[layer]} must be finite and at most 0; got {A.min()} .. {A.max()}"
+                f"`A` of layer {self.layers[layer]} must be finite and at most 0; got {A.real.min()} .. {A.real.max()}"
             )
-        return A.astype(np.float64).reshape(self.n_heads, -1)
+        return A.astype(np.promote_types(A.dtype, np.float64)).reshape(self.n_heads, -1)
+
+    def decay(self, layer: int) -> Float[np.ndarray, "head decay"]:
+        """Decay rates of a layer: A, or its real part.
+
+        Raises:
+            ValueError: A is not finite or positive.
+        """
+        return np.real(self.matrix(layer))
 
     def row(self, layer: int, row: int, heads: slice = slice(None)) -> Row:
         """The block of one layer and prompt: delta and its cumulative sum over valid tokens.
@@ -180,16 +190,20 @@ class Canonical:
 
     def selection(
         self, layer: int, row: int
-    ) -> tuple[Float[np.ndarray, "token group state"], Float[np.ndarray, "token group state"]]:
+    ) -> tuple[Inexact[np.ndarray, "token group state"], Inexact[np.ndarray, "token group state"]]:
         """B and C of the valid tokens, as the scan received them."""
         return self.load("B", layer, row), self.load("C", layer, row)
 
     def load(self, name: str, layer: int, row: int, heads: slice = slice(None)) -> np.ndarray:
         """One variable of one (layer, batch) block, valid tokens only; on dask nothing else is computed."""
-        array = self.trace[name].isel(layer=layer, batch=row)
+        array = self.trace[name].isel(layer=layer)
         if self.head_dim in array.dims:
             array = array.isel({self.head_dim: heads})
-        block = array.values[self.valid[row]].astype(np.float64)
+        if "token" in array.dims:
+            values = array.isel(batch=row).values[self.valid[row]]
+        else:
+            values = np.broadcast_to(array.values, (int(self.valid[row].sum()), *array.shape))
+        block = values.astype(np.promote_types(values.dtype, np.float64))
         bad = np.flatnonzero(~np.isfinite(block).all(axis=tuple(range(1, block.ndim))))
         if len(bad):
             raise ValueError(

@@ -12,7 +12,9 @@ All in float64. The signatures are ours.
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Inexact, Int
+
+from mamba_probe.analyses.common import attention_row
 
 __all__ = [
     "Prompt",
@@ -41,11 +43,12 @@ class Prompt:
 
     delta: Float[np.ndarray, "token head"]
     cumulative: Float[np.ndarray, "token head"]
-    A: Float[np.ndarray, "head decay"]
-    B: Float[np.ndarray, "token group state"]
-    C: Float[np.ndarray, "token group state"]
+    A: Inexact[np.ndarray, "head decay"]
+    B: Inexact[np.ndarray, "token group state"]
+    C: Inexact[np.ndarray, "token group state"]
     x: Float[np.ndarray, "token head head_channel"]
     z: Float[np.ndarray, "token head head_channel"]
+    zoh: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,13 +111,11 @@ def contribution(
     >>> contribution(prompt, 2, np.array([0, 1])).ravel().tolist()
     [50.0, 50.0]
     """
-    gap = prompt.cumulative[query] - prompt.cumulative[sources]
-    decay = np.exp(prompt.A * gap[..., None])
-    product = prompt.C[query] * prompt.B[sources]
-    if decay.shape[-1] == 1 < product.shape[-1]:
-        product = product.sum(axis=-1, keepdims=True)
-    product = np.repeat(product, decay.shape[1] // product.shape[1], axis=1)
-    kernel = np.einsum("shn,shn->sh", product, decay) * prompt.delta[sources]
+    elapsed = prompt.cumulative[query] - prompt.cumulative[sources]
+    groups = np.arange(len(prompt.A)) // (len(prompt.A) // prompt.B.shape[1])
+    kernel = attention_row(
+        prompt.delta[sources], elapsed, prompt.A, prompt.B[sources], prompt.C[query], groups, prompt.zoh
+    )
     return silu(prompt.z[query]) * prompt.x[sources] * kernel[..., None]
 
 

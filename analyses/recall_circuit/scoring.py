@@ -115,7 +115,7 @@ def _prompt(canonical: Canonical, layer: int, row: int) -> Prompt:
     step, (B, C) = canonical.row(layer, row), canonical.selection(layer, row)
     shape = (*step.delta.shape, -1)
     x, z = (canonical.load(name, layer, row).reshape(shape) for name in ("x", "z"))
-    return Prompt(step.delta, step.cumulative, canonical.decay(layer), B, C, x, z)
+    return Prompt(step.delta, step.cumulative, canonical.matrix(layer), B, C, x, z, canonical.zoh)
 
 
 def _scale(prompt: Prompt, static: LayerWeights, queries: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n head"]:

@@ -19,7 +19,6 @@ __all__ = [
     "coefficients",
     "compaction",
     "effective_rank",
-    "kernels",
     "levels",
     "needed",
     "normalised",
@@ -73,39 +72,6 @@ def window_length(n_tokens: int) -> int:
     if n_tokens < SHORTEST:
         raise ValueError(f"a wavelet window needs at least {SHORTEST} valid tokens up to the query; got {n_tokens}")
     return 1 << (n_tokens.bit_length() - 1)
-
-
-def kernels(
-    delta: Float[np.ndarray, "token head"],
-    cumulative: Float[np.ndarray, "token head"],
-    A: Float[np.ndarray, "head decay"],
-    B: Float[np.ndarray, "token group state"],
-    C: Float[np.ndarray, "group state"],
-    groups: Int[np.ndarray, " head"],
-) -> Float[np.ndarray, "head token"]:
-    r"""Weight of each token in the scan's output at the last one, selection as executed (ours: the `mixer` kernel).
-
-    $k_t[s] = \sum_n C_t[n] \exp(A_n \sum_{r=s+1}^{t} \Delta_r) \, \Delta_s B_s[n]$
-
-    Args:
-        delta: step sizes of the window, the query last.
-        cumulative: their running sum (any offset).
-        A: decay rates: one where all states share it (Mamba-2), else one a state.
-        B: input vectors of the window.
-        C: output vectors at the query.
-        groups: group that each head reads.
-
-    >>> one = np.ones((2, 1, 1))
-    >>> kernels(one[:, 0], np.array([[1.0], [2.0]]), -one[0], one, one[0], np.array([0])).round(3)
-    array([[0.368, 1.   ]])
-    """
-    past = cumulative[-1] - cumulative
-    if A.shape[1] == 1:
-        return (delta * np.exp(A[:, 0] * past) * np.einsum("tgn,gn->tg", B, C)[:, groups]).T
-    weight = np.zeros_like(delta)
-    for n in range(A.shape[1]):
-        weight += np.exp(A[:, n] * past) * (B[:, :, n] * C[:, n])[:, groups]
-    return (delta * weight).T
 
 
 def read(

@@ -209,7 +209,7 @@ def _measured(view: Canonical, plan: Plan) -> dict[str, np.ndarray]:
     groups = view.groups()
     layers = []
     for layer in range(view.n_layers):
-        A = view.decay(layer)
+        A = view.matrix(layer)
         layers.append(_stacked([_row(view, plan, layer, row, A, groups) for row in range(view.n_rows)]))
     return _stacked(layers)
 
@@ -218,8 +218,8 @@ def _row(view: Canonical, plan: Plan, layer: int, row: int, A: np.ndarray, group
     block, selection = view.row(layer, row), view.selection(layer, row)
     found = []
     for at, size in zip(plan.at[row].tolist(), plan.window[row].tolist(), strict=True):
-        real = window.executed(block, selection, A, groups, at, size)
-        null = window.frozen(block, selection, A, groups, size)
+        real = window.executed(block, selection, A, groups, at, size, view.zoh)
+        null = window.frozen(block, selection, A, groups, size, view.zoh)
         if plan.read_out is not None:
             real, null = core.read(plan.read_out, real), core.read(plan.read_out, null)
         statistics = window.statistics(real, plan.wavelet, plan.level, plan.depth)

@@ -1,9 +1,9 @@
 """Statistics of the kernels of one query: executed, and with the layer made time-invariant."""
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Inexact, Int
 
-from mamba_probe.analyses.common import Row
+from mamba_probe.analyses.common import Row, attention_row
 from mamba_probe.analyses.wavelet_alignment import core
 
 __all__ = ["SHARES", "executed", "frozen", "statistics"]
@@ -11,30 +11,38 @@ __all__ = ["SHARES", "executed", "frozen", "statistics"]
 SHARES = (0.9, 0.95, 0.99)
 """Shares of the energy whose coefficients are counted."""
 
-Selection = tuple[Float[np.ndarray, "token group state"], Float[np.ndarray, "token group state"]]
+Selection = tuple[Inexact[np.ndarray, "token group state"], Inexact[np.ndarray, "token group state"]]
 
 
 def executed(
     row: Row,
     selection: Selection,
-    A: Float[np.ndarray, "head decay"],
+    A: Inexact[np.ndarray, "head decay"],
     groups: Int[np.ndarray, " head"],
     at: int,
     window: int,
+    zoh: bool,
 ) -> Float[np.ndarray, "head window"]:
     """Kernels of the token `at` over the `window` tokens that end there, with delta, B and C as executed."""
     B, C = selection
     seen = slice(at + 1 - window, at + 1)
-    return core.kernels(row.delta[seen], row.cumulative[seen], A, B[seen], C[at], groups)
+    elapsed = row.cumulative[at] - row.cumulative[seen]
+    return attention_row(row.delta[seen], elapsed, A, B[seen], C[at], groups, zoh).T
 
 
 def frozen(
-    row: Row, selection: Selection, A: Float[np.ndarray, "head decay"], groups: Int[np.ndarray, " head"], window: int
+    row: Row,
+    selection: Selection,
+    A: Inexact[np.ndarray, "head decay"],
+    groups: Int[np.ndarray, " head"],
+    window: int,
+    zoh: bool,
 ) -> Float[np.ndarray, "head window"]:
     """The null: kernels over the same window with delta, B and C frozen to their means over the row's valid tokens."""
     B, C = (np.mean(values, axis=0) for values in selection)
     delta = np.broadcast_to(row.delta.mean(axis=0), (window, row.delta.shape[1]))
-    return core.kernels(delta, np.cumsum(delta, axis=0), A, np.broadcast_to(B, (window, *B.shape)), C, groups)
+    elapsed = row.delta.mean(axis=0) * np.arange(window - 1, -1, -1.0)[:, None]
+    return attention_row(delta, elapsed, A, B[None], C, groups, zoh).T
 
 
 def statistics(

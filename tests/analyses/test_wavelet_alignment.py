@@ -156,22 +156,6 @@ def test_statistics_agree_with_brute_force_kernels_and_pywt(head: str, wavelet: 
         assert result.window[row, q].item() == window
 
 
-@pytest.mark.parametrize("head", ["channel", "head"])
-def test_kernels_reproduce_the_recurrence(head: str) -> None:
-    """sum_s k_t[s] x_s is C_t h_t of the scan."""
-    trace = random_trace(head=head)
-    x = np.random.default_rng(5).standard_normal((37, 6))
-    delta = trace["delta"].values[0, 0].astype(float)
-    A = trace["A"].values[0].astype(float).reshape(6, -1)
-    B, C = (trace[name].values[0, 0].astype(float) for name in "BC")
-    groups = np.arange(6) // (6 // B.shape[1])
-    h = np.zeros((6, B.shape[2]))
-    for t in range(37):
-        h = np.exp(delta[t][:, None] * A) * h + delta[t][:, None] * B[t][groups] * x[t][:, None]
-    kernel = core.kernels(delta, np.cumsum(delta, axis=0), A, B, C[-1], groups)
-    np.testing.assert_allclose(np.einsum("hs,sh->h", kernel, x), np.sum(C[-1][groups] * h, axis=1), rtol=1e-10)
-
-
 def test_the_null_is_the_layer_frozen_to_its_means() -> None:
     trace = random_trace()
     frozen = trace.copy(deep=True)

@@ -50,7 +50,8 @@ class MambaBlock(nn.Module):
         dt_rank: int | None = None, backend: str = "auto", layer_idx: int = 0,
     ):  # fmt: skip
         super().__init__()
-        d_inner, dt_rank = d_inner or 2 * d_model, dt_rank or math.ceil(d_model / 16)
+        d_inner = 2 * d_model if d_inner is None else d_inner
+        dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
         self.sizes = _checked(d_model=d_model, d_inner=d_inner, d_state=d_state, d_conv=d_conv, dt_rank=dt_rank)
         self.backend, self.layer_idx = backend, layer_idx
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
@@ -106,7 +107,7 @@ class Mamba2Block(nn.Module):
         n_groups: int = 1, gated_norm: bool = True, backend: str = "auto", layer_idx: int = 0,
     ):  # fmt: skip
         super().__init__()
-        d_inner = d_inner or 2 * d_model
+        d_inner = 2 * d_model if d_inner is None else d_inner
         counts = _checked(d_model=d_model, n_heads=n_heads, d_inner=d_inner, d_state=d_state, d_conv=d_conv)
         self.sizes = counts | _checked(n_groups=n_groups) | {"gated_norm": gated_norm}
         if d_inner % n_heads or n_heads % n_groups:
@@ -167,7 +168,7 @@ class S4DBlock(nn.Module):
         backend: str = "cpu", layer_idx: int = 0,
     ):  # fmt: skip
         super().__init__()
-        d_inner = d_inner or 2 * d_model
+        d_inner = 2 * d_model if d_inner is None else d_inner
         self.sizes = _checked(d_model=d_model, d_inner=d_inner, d_state=d_state, d_conv=d_conv)
         self.backend, self.layer_idx = backend, layer_idx
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
@@ -249,7 +250,7 @@ class LanguageModel(nn.Module):
         vocab_size: token ids.
 
     Raises:
-        ValueError: no block, or blocks of different d_model.
+        ValueError: no block, something that is none, one block twice, or blocks of different d_model.
 
     Example:
         >>> model = LanguageModel([S4DBlock(8, d_state=4), MambaBlock(8)], vocab_size=10)
@@ -259,9 +260,12 @@ class LanguageModel(nn.Module):
 
     def __init__(self, mixers: Sequence[nn.Module], vocab_size: int):
         super().__init__()
+        for mixer in mixers:
+            if type(mixer) not in BLOCKS.values():
+                raise ValueError(f"LanguageModel: mixers are blocks of mamba_probe.blocks; got {type(mixer).__name__}")
         widths: list[int] = [mixer.sizes["d_model"] for mixer in mixers]  # type: ignore[index, misc]
-        if len(set(widths)) != 1:
-            raise ValueError(f"LanguageModel: needs at least one block, all of one d_model; got {widths}")
+        if len(set(widths)) != 1 or len(set(map(id, mixers))) < len(mixers):
+            raise ValueError(f"LanguageModel: needs blocks of one d_model, at least one, each once; got {widths}")
         _checked(vocab_size=vocab_size)
         for index, mixer in enumerate(mixers):
             mixer.layer_idx = index  # type: ignore[assignment]

@@ -29,12 +29,16 @@ def measure_jacobian(
     """See `Probe.jacobian`."""
     if (query_tokens is None) == (source_tokens is None):
         raise ValueError("pass either query_tokens (what moved them) or source_tokens (what they move), and not both")
+    if n_probes is not None and (n_probes < 1 or source_tokens is None or direction is not None):
+        raise ValueError(
+            f"n_probes is at least 1 and goes with source_tokens and no direction; got n_probes={n_probes}"
+        )
     hidden, mask = _mixer_input(model, adapter, given)
     valid = torch.ones(hidden.shape[:2], dtype=torch.bool) if mask is None else mask.bool().cpu()
     asked, dim = (query_tokens, "query_token") if query_tokens is not None else (source_tokens, "source_token")
     index = _index(valid, asked, dim)
     rows = None if read_out is None else _matrix(read_out, "read_out", hidden)
-    along = None if direction is None else _matrix(np.asarray(direction)[None], "direction", hidden).flatten()
+    along = None if direction is None else _matrix(_plain(direction)[None], "direction", hidden).flatten()
 
     def mixer(u: Tensor) -> Tensor:
         return adapter.mixer(u, attention_mask=mask)
@@ -55,7 +59,7 @@ def measure_jacobian(
         "seed": seed,
     }
     position = np.where(valid, np.cumsum(valid.numpy(), axis=1) - 1, -1)
-    coords = {dim: list(asked or ()), "valid": (("batch", "token"), valid.numpy())}
+    coords = {dim: np.asarray(asked), "valid": (("batch", "token"), valid.numpy())}
     coords["position"] = (("batch", "token"), position)
     return xr.Dataset({"jacobian": entry}, coords, attrs)
 
@@ -90,7 +94,7 @@ def _index(valid: Tensor, asked: Sequence[int] | None, name: str) -> Int[np.ndar
 
 
 def _matrix(given: Any, name: str, hidden: Tensor) -> Tensor:
-    matrix = torch.as_tensor(np.asarray(given), dtype=hidden.dtype, device=hidden.device)
+    matrix = _plain(given).to(hidden)
     if matrix.ndim != 2 or matrix.shape[1] != hidden.shape[2] or not torch.isfinite(matrix).all():
         raise ValueError(
             f"{name} needs finite values over model = {hidden.shape[2]} features; got shape {tuple(matrix.shape)}"
@@ -98,20 +102,24 @@ def _matrix(given: Any, name: str, hidden: Tensor) -> Tensor:
     return matrix
 
 
+def _plain(given: Any) -> Tensor:
+    return given.detach() if isinstance(given, Tensor) else torch.as_tensor(np.asarray(given))
+
+
 def _pulled(
     mixer: Mixer, hidden: Tensor, index: Int[np.ndarray, "batch query"], rows: Tensor | None, along: Tensor | None
 ) -> Float[np.ndarray, "batch query kernel token"]:
     """One backward pass a query and output: what each token's input does to it."""
     rows = torch.eye(hidden.shape[2], dtype=hidden.dtype, device=hidden.device) if rows is None else rows
-    u = hidden.clone().requires_grad_()
-    out = mixer(u)
-    every = torch.arange(len(hidden))
     found = []
-    for at in index.T:
-        read = out[every, at] @ rows.T
-        for kernel in range(len(rows)):
-            (slope,) = torch.autograd.grad(read[:, kernel].sum(), u, retain_graph=True)
-            found.append(slope.norm(dim=-1) if along is None else slope @ along)
+    with torch.inference_mode(False), torch.enable_grad():
+        every, u = torch.arange(len(hidden)), hidden.clone().requires_grad_()
+        out = mixer(u)
+        for at in index.T:
+            read = out[every, at] @ rows.clone().T
+            for kernel in range(len(rows)):
+                (slope,) = torch.autograd.grad(read[:, kernel].sum(), u, retain_graph=True)
+                found.append(slope.norm(dim=-1) if along is None else slope @ along)
     stacked = torch.stack(found, dim=1).unflatten(1, (index.shape[1], len(rows)))
     return stacked.detach().double().cpu().numpy()
 

@@ -84,8 +84,10 @@ class Probe(AbstractContextManager["Probe"]):
         self.backend, self.backend_reason = _backend(device, backend, self._adapters)
         self._taps = {adapter.layer: Tap(adapter.layer, self.backend) for adapter in self._adapters}
         if len(self._taps) != len(self._adapters):
+            numbered = ", ".join(f"{adapter.name} is layer {adapter.layer}" for adapter in self._adapters)
             raise ValueError(
-                "two mixers share a layer number: attach to one model at a time, not to a container of two"
+                f"two mixers share a layer number ({numbered}): attach to one model at a time, or set layer_idx of"
+                " blocks of your own (mp.blocks.LanguageModel numbers them)"
             )
         self._attach()
 
@@ -151,18 +153,26 @@ class Probe(AbstractContextManager["Probe"]):
         state = "attached to" if self.attached else "detached from"
         lines = [f"Probe {state} {type(self.model).__name__}, backend {self.backend} ({self.backend_reason})"]
         for sizes, layers in self.groups.items():
-            span = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers {layers[0]}..{layers[-1]}"
+            whole = layers[-1] - layers[0] == len(layers) - 1
+            numbers = f"{layers[0]}..{layers[-1]}" if whole else ", ".join(map(str, layers))
+            span = f"layer {numbers}" if len(layers) == 1 else f"{len(layers)} layers {numbers}"
             lines.append(f"  {span}: {sizes}")
         edits = {repr(edit): None for tap in self._taps.values() for edit in tap.edits}
         return "\n".join(lines + [f"  edits: {', '.join(edits)}"] * bool(edits))
 
-    def weights(self) -> xr.Dataset:
+    def weights(self, layers: Sequence[int] | None = None) -> xr.Dataset:
         """The static weights that analyses need, by our names, as a Dataset over the same layers.
 
+        Args:
+            layers: the model's own layer numbers; None is all.
+
         Raises:
-            ValueError: layers of different sizes (see `groups`).
+            ValueError: an unknown layer, or layers of different sizes (see `groups`).
         """
-        return read_weights(self.model, self._adapters, self.groups)
+        for layer in layers or ():
+            if layer not in self._taps:
+                raise unknown_name("layer", layer, [str(known) for known in self.layers])
+        return read_weights(self.model, self._adapters, self.groups, layers=layers)
 
     # -- recording -----------------------------------------------------------------------------------------------
 
@@ -179,7 +189,8 @@ class Probe(AbstractContextManager["Probe"]):
                 (batch, token, model) for a bare mixer, a dict of keywords, or a `Task`.
             attention_mask: (batch, token), 1 at tokens and 0 at padding.
             text: prompts, in place of `inputs`; with `tokenizer` (see `mp.load_tokenizer`). Padded on the right.
-            variables: names of the schema: delta, A, A_bar, B_bar, B, C, x, z, y, h, delta_cumsum, out.
+            variables: names of the schema: delta, A, A_bar, B_bar, B, C, x, z, y, h, delta_cumsum, u (the mixer's
+                input), out.
             layers: the model's own layer numbers; None is all.
             tokens, channels: indices to keep (channels: heads for Mamba-2); None is all. Tokens with gaps between
                 them bring delta_cumsum along.
@@ -368,6 +379,8 @@ class Probe(AbstractContextManager["Probe"]):
                 shapes, or a backend without derivatives (triton).
         """
         self._check_unedited("jacobian")
+        if any(tap.listener is not None for tap in self._taps.values()):
+            raise ValueError("jacobian runs the model, and a recording is open on this probe: leave it first")
         if layer not in self._taps:
             raise unknown_name("layer", layer, [str(known) for known in self.layers])
         if self.backend == "triton":

@@ -145,10 +145,8 @@ class Recorder:
             return
         if self._open is None or call.layer in self._open.seen:
             self._open = self._started(call)
-        if "A" in self._plan.variables and any(edit.startswith("ablate(decay") for edit in call.edits):
-            raise ValueError(
-                f"layer {call.layer}: under ablate(decay) A_bar is 1 whatever A says: record A_bar in place of A"
-            )
+        if any(edit.startswith("ablate(decay") for edit in call.edits):
+            self._check_decay(call.layer)
         under_way = self._open
         self._edits |= dict.fromkeys(call.edits)
         if call.layer == self._plan.layers[0]:
@@ -161,6 +159,16 @@ class Recorder:
         under_way.seen.add(call.layer)
         if len(under_way.seen) == len(self._plan.layers):
             self._commit(under_way)
+
+    def _check_decay(self, layer: int) -> None:
+        """Refuse constants of the weights that an ablated decay contradicts."""
+        constant = [name for name in ("A", "A_bar") if name in self._plan.variables and name not in self._plan.steps]
+        if constant:
+            other = "A_bar is 1 there, and constant" if "A_bar" in constant else "record A_bar in place of A"
+            raise ValueError(
+                f"layer {layer}: under ablate(decay) A_bar is 1 whatever A says, so {' and '.join(constant)} of the"
+                f" weights would be wrong in the trace: {other}"
+            )
 
     def _within(self, start: int, length: int) -> tuple[int, ...] | None:
         if self._plan.tokens is None:
@@ -216,9 +224,9 @@ class Recorder:
 
     def _array(self, call: Call, name: str, under_way: _Open) -> np.ndarray:
         tensor = call.tensors[name]
-        if name not in EMITTABLE:  # x, z, out: not the scan's to select
+        if name not in EMITTABLE:  # x, z, u, out: not the scan's to select
             tensor = tensor[:, under_way.keep]
-            if name != "out" and self._plan.channels is not None:
+            if name not in ("u", "out") and self._plan.channels is not None:
                 tensor = tensor[:, :, list(self._plan.channels)]
         array = _numpy(tensor)
         if self._plan.sizes.family != "mamba2" and name in ("x", "z", "y", "h"):

@@ -30,7 +30,8 @@ def read_weights(
     """
     chosen = [adapter for adapter in adapters if layers is None or adapter.layer in layers]
     if len({adapter.sizes for adapter in chosen}) > 1:
-        raise ValueError(f"layers of different sizes cannot share one Dataset; groups: {dict(groups)}")
+        listing = "; ".join(f"layers {list(numbers)}: {sizes}" for sizes, numbers in groups.items())
+        raise ValueError(f"layers of different sizes cannot share one Dataset. Pass layers= of one group: {listing}")
     each = [adapter.weights() for adapter in chosen]
     data = {
         name: (("layer", *dims), np.stack([_host(layer[name][1]) for layer in each]))

@@ -73,6 +73,10 @@ class MixerAdapter(ABC):
     def weights(self) -> dict[str, Labelled]:
         """Static weights by our names, with their dimensions (without layer)."""
 
+    def _wide(self, A_log: Tensor) -> Tensor:
+        """A_log as the mixer takes it: transformers rounds it to float32 whatever the model is."""
+        return A_log.float()
+
     def statics(self) -> dict[str, Labelled]:
         """The trace's variables that are constant in this family."""
         return {"A": self.weights()["A"]}
@@ -86,7 +90,7 @@ class MixerAdapter(ABC):
         forward = type(self.mixer).forward
         assert isinstance(forward, FunctionType)
         bound = rebind(forward, self.replacements(tap, innermost(forward).__globals__))
-        self.mixer.forward = MethodType(_tapped(bound, tap, signature(forward)), self.mixer)
+        self.mixer.forward = MethodType(_tapped(bound, tap, signature(forward), id(self.mixer)), self.mixer)
 
     @property
     def tap(self) -> Tap | None:
@@ -99,10 +103,12 @@ class MixerAdapter(ABC):
             del self.mixer.forward
 
 
-def _tapped(forward: FunctionType, tap: Tap, takes: Signature) -> Callable[..., Tensor]:
-    """`forward` with a Call open while it runs; an exception leaves none behind."""
+def _tapped(forward: FunctionType, tap: Tap, takes: Signature, owner: int) -> Callable[..., Tensor]:
+    """`forward` with a Call open while it runs; an exception leaves none behind. A copy of the mixer is not probed."""
 
     def probed_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if id(self) != owner:
+            return type(self).forward(self, *args, **kwargs)
         given = takes.bind(self, *args, **kwargs).arguments
         cache, mask = given.get("cache_params"), given.get("attention_mask")
         continues = cache is not None and cache.has_previous_state(self.layer_idx)
@@ -111,7 +117,7 @@ def _tapped(forward: FunctionType, tap: Tap, takes: Signature) -> Callable[..., 
         try:
             out = forward(self, *args, **kwargs)
             if tap.listener is not None:
-                tap.call.tensors["out"] = out
+                tap.call.tensors |= {"u": given["hidden_states"], "out": out}
                 tap.listener.receive(tap.call)
             return out
         finally:

@@ -49,7 +49,7 @@ class MambaAdapter(MixerAdapter):
         in_x, in_z = mixer.in_proj.weight.split(sizes.n_heads)
         dt, B, C = mixer.x_proj.weight.split(self._sections)
         labelled = {
-            "A": (("channel", "state"), -torch.exp(mixer.A_log.float())),
+            "A": (("channel", "state"), -torch.exp(self._wide(mixer.A_log))),
             "D": (("channel",), mixer.D),
             "dt_bias": (("channel",), mixer.dt_proj.bias),
             "in_proj_x": (("channel", "model"), in_x),

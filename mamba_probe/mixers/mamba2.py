@@ -72,7 +72,7 @@ class Mamba2Adapter(MixerAdapter):
         conv_x, conv_B, conv_C = mixer.conv1d.weight[:, 0].flip(-1).split(parts[:3])
         per_head, per_group = ("head", "head_channel"), ("group", "state")
         labelled = {
-            "A": (("head",), -torch.exp(mixer.A_log.float())),
+            "A": (("head",), -torch.exp(self._wide(mixer.A_log))),
             "D": (("head",), mixer.D),
             "dt_bias": (("head",), mixer.dt_bias),
             "in_proj_x": ((*per_head, "model"), x.unflatten(0, heads)),

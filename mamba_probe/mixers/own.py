@@ -26,6 +26,9 @@ class _Own(MixerAdapter):
         """Our functions in the place of the block's: the scan has the tap's own signature."""
         return {"selective_scan": tap.scan, "causal_conv1d_fn": tap.conv(module["causal_conv1d_fn"])}
 
+    def _wide(self, A_log: Tensor) -> Tensor:
+        return A_log if A_log.dtype == torch.float64 else A_log.float()
+
 
 class OwnMambaAdapter(_Own, MambaAdapter):
     """Reads and takes over `mamba_probe.blocks.MambaBlock`."""

@@ -29,7 +29,7 @@ class Call:
     continues: bool = False
     """Whether a cached state was carried in."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    """Executed tensors in the scan's layout: those of the emission, and x, z, out."""
+    """Executed tensors in the scan's layout: those of the emission, and x, z, u, out."""
     edits: tuple[str, ...] = ()
     """The edits that acted on this layer."""
     state_in: Tensor | None = None

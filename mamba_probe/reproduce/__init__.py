@@ -52,6 +52,7 @@ def reproduce(
         raise ValueError(f"reproduce takes names of {', '.join(CLAIMS)} and a seed of 0 or more; got {came}")
     directory = Path(directory)
     check_free(directory, list(CLAIMS), overwrite)
+    directory.mkdir(parents=True, exist_ok=True)  # before minutes of measuring
     results = {}
     for name in names:
         results[name] = run(CLAIMS[name], (cells or {}).get(name), seed=seed, say=say)

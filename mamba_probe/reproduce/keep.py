@@ -233,8 +233,8 @@ def _lti(length: int, n_states: int, seed: int) -> tuple[str, float, np.ndarray]
 
 
 def _lti_said(cell: Cell) -> dict[str, Any]:
-    sizes = {"T": cell.task["length"], "states": cell.task["n_states"]}
-    return {"what": "best kernel found", "mixer": "S4D", "dtype": "float64", "sizes": sizes}
+    sizes = {"T": cell.task["length"], "exponentials": cell.task["n_states"]}
+    return {"what": "best kernel found", "mixer": "time-invariant", "dtype": "float64", "sizes": sizes}
 
 
 def _lti_error_rows(cell: Cell, seed: int) -> list[Row]:
@@ -260,7 +260,7 @@ def _one_state_rows(cell: Cell, seed: int) -> list[Row]:
             cell, "relative L2 error", error, over=f"{length} tokens of one kernel", null=null,
             null_is=f"randomised twin, seed {seed + 1}",
             estimator=f"{estimator(construction)}, on a sequence whose one other token stands at each place in turn",
-            **said | {"what": "S6 layer, keep_nth ramp", "sizes": {"T": length, "states": 1}},
+            **said | {"what": "S6 layer, keep_nth ramp", "sizes": {"T": length, "exponentials": 1}},
         )
     ]  # fmt: skip
 
@@ -303,8 +303,9 @@ KEEP = Claim(
     paper="The S6 layer of Mamba can dynamically counteract memory decay.",
     ours=(
         "One block with planted weights returns the n-th token at the end, however long ago it was: the ramp erases up"
-        " to n and holds after it, the event writes at n alone. Its error does not depend on the length. Beside it: the"
-        " limit that keeping a write sets to the decay after it, and how many time-invariant states keep one token."
+        " to n and holds after it, the event writes at n alone. The ramp's error does not depend on the length. Beside"
+        " it: the limit that keeping a write sets to the decay after it, and how many time-invariant states keep one"
+        " token."
     ),
     cells=cells(),
     measures={

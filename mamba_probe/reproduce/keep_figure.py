@@ -62,18 +62,18 @@ def _errors(rows: list[Row], ax: Any) -> None:
 
 
 def _limits(rows: list[Row], ax: Any) -> None:
-    fits = [row for row in rows if row.mixer == "S4D"]
+    fits = [row for row in rows if row.mixer == "time-invariant"]
     for length, (colour, marker) in LENGTHS.items():
         here = [row for row in fits if row.sizes["T"] == length]
-        counts = [row.sizes["states"] for row in here]
+        counts = [row.sizes["exponentials"] for row in here]
         ax.plot(counts, [row.value for row in here], marker, color=colour, ms=6, label=f"T = {length}, best found")
         fine = np.geomspace(4, length / 2, 200)
         if here:
             ax.plot(fine, np.sqrt(1 - fine / (length // 2)), color=colour, lw=1.0)
-    exact = [row for row in rows if row.mixer != "S4D"]
+    exact = [row for row in rows if row.mixer != "time-invariant"]
     look = {"color": style.REAL, "ms": 12, "label": "S6 layer, one state"}
-    ax.plot([row.sizes["states"] for row in exact], [row.value for row in exact], "*", **look)
+    ax.plot([row.sizes["exponentials"] for row in exact], [row.value for row in exact], "*", **look)
     ax.plot([], [], color="0.35", lw=1.0, label="no N exponentials below")
     ax.set_xscale("log", base=2)
     plain_ticks(ax.xaxis, [1, 4, 16, 64, 256])
-    ax.set(xlabel="states N", ylabel="relative $L_2$ error", ylim=(-0.05, 1.08))
+    ax.set(xlabel="exponentials N (S4D: N/2 conjugate pairs)", ylabel="relative $L_2$ error", ylim=(-0.05, 1.08))

@@ -107,7 +107,9 @@ def _check(
         f"length even (got {length})": length % 2 == 0,
         f"length >= 2 * (n_pairs + n_keys) (got {length} < {tokens})": length >= tokens,
         f"vocab even (got {vocab})": vocab % 2 == 0,
-        f"vocab // 2 - 1 >= n_keys (got {vocab // 2 - 1} < {n_keys})": vocab // 2 - 1 >= n_keys,
+        f"vocab // 2 - 1 >= n_keys, which is n_pairs unless given (got {vocab // 2 - 1} < {n_keys})": (
+            vocab // 2 - 1 >= n_keys
+        ),
         f"vocab // 2 >= n_pairs (got {vocab // 2} < {n_pairs})": vocab // 2 >= n_pairs,
         f"power_a > 0 and finite (got {power_a})": 0 < power_a < np.inf,
     }

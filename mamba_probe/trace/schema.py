@@ -78,6 +78,7 @@ VARIABLES = MappingProxyType(
             r"\sum\Delta",
             "float64",
         ),
+        "u": Variable((_MODEL, _MODEL, _MODEL), "mixer input", "1", "u_t"),
         "out": Variable((_MODEL, _MODEL, _MODEL), "mixer output", "1", "o_t"),
     }
 )

@@ -241,6 +241,55 @@ def test_s4d_without_decay_sums_what_it_wrote():
     assert error(after["h"], written.cumsum(2)) < 2e-6
 
 
+def test_a_constant_of_the_weights_is_not_recorded_where_an_edit_contradicts_it():
+    ids, _ = prompt()
+    with mp.attach(language_model("s4d")) as probe, probe.edit(mp.ablate("decay")):
+        for name in ("A", "A_bar"):
+            with pytest.raises(
+                ValueError, match=rf"A_bar is 1 whatever A says, so {name} of the weights would be wrong"
+            ):
+                probe.record(ids, variables=[name, "h"])
+
+
+def test_a_model_of_two_families_is_recorded_group_by_group():
+    torch.manual_seed(0)
+    model = perturbed(LanguageModel([S4DBlock(8, d_state=2), MambaBlock(8), S4DBlock(8, d_state=2)], vocab_size=61))
+    ids, mask = prompt()
+    with mp.attach(model) as probe:
+        assert "2 layers 0, 2: s4d" in repr(probe)
+        with pytest.raises(ValueError, match=r"Pass layers= of one group: layers \[0, 2\]: s4d.*; layers \[1\]: mamba"):
+            probe.weights()
+        for layers in ([0, 2], [1]):
+            trace, weights = probe.record(ids, mask, layers=layers), probe.weights(layers)
+            assert trace["layer"].values.tolist() == weights["layer"].values.tolist() == layers
+        assert float(probe.parity(ids, mask)["out_vs_oracle"].max()) < 2e-6
+
+
+def test_float64_blocks_show_the_a_that_they_execute():
+    for kind in ("mamba1", "mamba2"):
+        model = language_model(kind).double()
+        with mp.attach(model) as probe:
+            trace = probe.record(prompt()[0], variables=["A", "delta", "A_bar"])
+        want = -torch.exp(model.backbone.layers[0].mixer.A_log.detach())
+        assert error(trace["A"].sel(layer=0), want) < 1e-15
+        assert error(trace.drop_vars("A_bar").probe.A_bar, trace["A_bar"]) < 1e-14
+
+
+def test_a_copy_of_a_probed_model_is_not_probed():
+    import copy
+
+    model = language_model("mamba1")
+    ids, _ = prompt()
+    with torch.no_grad():
+        native = model(ids).logits
+        with mp.attach(model) as probe:
+            twin = copy.deepcopy(model)
+            with probe.edit(mp.ablate("gate")), probe.recording(variables=["delta"]) as recorder:
+                assert torch.equal(twin(ids).logits, native)
+                assert not torch.equal(model(ids).logits, native)
+        assert recorder.dataset.sizes["batch"] == len(ids)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_few_steps_of_training_lower_the_loss(kind):
     torch.manual_seed(0)
@@ -283,8 +332,15 @@ def test_wrong_sizes_and_configs_are_refused_by_name(tmp_path):
         S4DBlock(4, d_state=0)
     with pytest.raises(ValueError, match=r"d_inner must be a multiple of n_heads.*d_inner = 8, n_heads = 3"):
         Mamba2Block(4, n_heads=3)
-    with pytest.raises(ValueError, match=r"all of one d_model; got \[4, 5\]"):
+    with pytest.raises(ValueError, match=r"needs blocks of one d_model, .*; got \[4, 5\]"):
         LanguageModel([S4DBlock(4), S4DBlock(5)], vocab_size=8)
+    block = S4DBlock(4)
+    with pytest.raises(ValueError, match="each once"):
+        LanguageModel([block, block], vocab_size=8)
+    with pytest.raises(ValueError, match=r"mixers are blocks of mamba_probe\.blocks; got Linear"):
+        LanguageModel([torch.nn.Linear(4, 4)], vocab_size=8)
+    with pytest.raises(ValueError, match="d_inner must be a whole number >= 1; got 0"):
+        MambaBlock(4, d_inner=0)
     with pytest.raises(ValueError, match=r"kind of a block must be one of .*'s4d'.*; got 's5'"):
         build({"mixers": [{"kind": "s5"}], "vocab_size": None})
     with pytest.raises(ValueError, match=r"s4d: .*unexpected keyword argument 'rank'"):

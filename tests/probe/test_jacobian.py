@@ -110,6 +110,19 @@ def test_the_block_kernel_of_haar_flat_b_is_the_haar_basis():
     assert np.abs(found - basis).max() < 1e-12
 
 
+def test_tensors_arrays_and_switched_off_gradients_are_taken_as_they_come(build):
+    ids, _ = prompt()
+    model = build()
+    with mp.attach(model) as probe:
+        rows = model.lm_head.weight[:2]
+        plain = probe.jacobian(ids, layer=0, query_tokens=[3, 4], read_out=rows)["jacobian"]
+        for off in (torch.no_grad(), torch.inference_mode()):
+            with off:
+                again = probe.jacobian(ids, layer=0, query_tokens=np.array([3, 4]), read_out=rows)["jacobian"]
+                np.testing.assert_array_equal(again.values, plain.values)
+        assert probe.jacobian(ids, layer=0, source_tokens=np.array([3, 4]))["source_token"].values.tolist() == [3, 4]
+
+
 def test_wrong_requests_are_refused(build):
     ids, mask = prompt()
     with mp.attach(build()) as probe:
@@ -123,5 +136,14 @@ def test_wrong_requests_are_refused(build):
             ValueError, match=r"read_out needs finite values over model = 24 features; got shape \(1, 3\)"
         ):
             probe.jacobian(ids, layer=0, query_tokens=[1], read_out=np.ones((1, 3)))
+        with pytest.raises(ValueError, match=r"n_probes is at least 1 .*got n_probes=0"):
+            probe.jacobian(ids, layer=0, source_tokens=[1], n_probes=0)
+        with pytest.raises(ValueError, match=r"n_probes .* goes with source_tokens and no direction"):
+            probe.jacobian(ids, layer=0, query_tokens=[1], n_probes=4)
+        with (
+            probe.recording(variables=["delta"]),
+            pytest.raises(ValueError, match="a recording is open on this probe"),
+        ):
+            probe.jacobian(ids, layer=0, query_tokens=[1])
         with probe.edit(mp.ablate("conv")), pytest.raises(ValueError, match="starts from the unedited probe"):
             probe.jacobian(ids, layer=0, query_tokens=[1])

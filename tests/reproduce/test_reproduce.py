@@ -157,7 +157,7 @@ def test_the_noted_limits_and_errors_of_keeping(made):
         assert fits["S4D-", count].value == pytest.approx(lin, rel=0.02)
         assert fits["S4D-", count].bound == pytest.approx(bound, rel=0.01)
         assert fits["Four", count].value == pytest.approx(fourier, rel=0.01)
-    lti = {(row.sizes["states"], row.quantity): row for row in results["keep"].rows if row.mixer == "S4D"}
+    lti = {(r.sizes["exponentials"], r.quantity): r for r in results["keep"].rows if r.mixer == "time-invariant"}
     assert lti[4, "relative L2 error"].value == pytest.approx(0.96, abs=0.02)
     assert lti[4, "accuracy"].value < 0.4
     assert lti[64, "accuracy"].value == 1

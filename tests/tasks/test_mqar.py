@@ -110,7 +110,7 @@ def test_repr_names_sizes_and_seed():
     [
         ({"length": 30}, r"length >= 2 \* \(n_pairs \+ n_keys\) \(got 30 < 32\)"),
         ({"length": 63}, r"length even \(got 63\)"),
-        ({"vocab": 16}, r"vocab // 2 - 1 >= n_keys \(got 7 < 8\)"),
+        ({"vocab": 16}, r"vocab // 2 - 1 >= n_keys, which is n_pairs unless given \(got 7 < 8\)"),
         ({"vocab": 255}, r"vocab even \(got 255\)"),
         ({"batch": 0}, r"batch >= 1 \(got 0\)"),
         ({"n_pairs": 0}, r"n_pairs >= 1 \(got 0\)"),

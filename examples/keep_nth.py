@@ -6,25 +6,28 @@ import numpy as np
 import mamba_probe as mp
 from mamba_probe.analyses import memory_horizon
 
-LENGTH, KEPT = 256, 100
+LENGTH, KEPT = 128, 50
 
 layer = mp.constructions.keep_nth(n_tokens=16, length=LENGTH, n=KEPT)
-tokens = np.random.default_rng(0).integers(0, 16, (4, LENGTH))
+inputs = layer.inputs(np.random.default_rng(0).integers(0, 16, (4, LENGTH)))
+sources = [*range(0, LENGTH, 5), KEPT - 1]
 with mp.attach(layer.model) as probe:
-    trace = probe.record(layer.inputs(tokens))
+    trace = probe.record(inputs)
+    jacobian = probe.jacobian(inputs, layer=0, source_tokens=sources)
 
-horizon = memory_horizon.measure(trace, tokens=[KEPT - 1, KEPT], event_tokens=KEPT)
-decay = horizon["mean_decay_event"].isel(layer=0, channel=0, state=0)
-print("mean exp(A delta) before, at and after the kept token:", [f"{value:.3g}" for value in decay.values])
+horizon = memory_horizon.measure(trace, tokens=range(LENGTH), event_tokens=KEPT, jacobian=jacobian)
+one = horizon.isel(layer=0)
+print(
+    "mean exp(A delta) before, at and after the kept token:", [f"{v:.3g}" for v in one["layer_mean_decay_event"].values]
+)
+print(f"gamma {one['layer_gamma'].item():.3g}, shuffled {one['layer_null_shuffle_gamma'].item():.2g};", end=" ")
+print(f"sigma {one['sigma'].max().item():.2g}: {one['layer_retained_share'].item():.0%} of channels keep 90 % of it")
+later = jacobian["jacobian"].sel(source_token=[KEPT, KEPT + 5]).isel(batch=0).max("token").values
+print(f"largest |d out_t / d u_s| of the kept token {later[0]:.2g}, of one five tokens later {later[1]:.2g}")
 
-retained = trace.probe.A_bar.isel(layer=0, batch=0, channel=0, state=0)
-time_invariant = np.exp((trace["delta"].mean("token") * trace["A"]).isel(layer=0, batch=0, channel=0, state=0))
-figure, ax = plt.subplots(figsize=(7, 3.2), layout="constrained")
-ax.plot(retained, color="#0072B2", label="as executed")
-ax.axhline(float(time_invariant), color="#D55E00", ls="--", label="time-invariant: delta at its mean")
-ax.axvline(KEPT, color="0.6", lw=1)
-ax.annotate("the kept token", (KEPT, 0.75), (6, 0), textcoords="offset points", color="0.35")
-ax.set(xlabel="token", ylabel=r"decay of one step, $\bar{A}_t = e^{\Delta_t A}$")
-ax.spines[["top", "right"]].set_visible(False)
-ax.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.4))
+figure, axes = plt.subplots(2, 1, figsize=(7, 8), layout="constrained")
+memory_horizon.plot(horizon, axes[0], kind="decay")
+memory_horizon.plot(horizon, axes[1], kind="token")
+axes[1].axvline(KEPT, color="0.6", lw=1, zorder=0)
+axes[1].annotate("the kept token", (KEPT, 8), (6, 0), textcoords="offset points", color="0.35")
 figure.savefig("keep_nth.png", dpi=160)

@@ -1,4 +1,4 @@
-"""Which parts of the closed-form MQAR model store, match and read? Draws recall_circuit.png."""
+"""Which parts of the closed-form MQAR model store, match and read? Draws recall_circuit.png and its diagram."""
 
 import matplotlib.pyplot as plt
 
@@ -10,6 +10,9 @@ model = mp.load("zoo:mqar-mamba1")
 run = record_task(model, "mqar", rows=16, length=64, n_pairs=8)  # trace, weights, edits and a randomised twin
 circuit = recall_circuit.measure(run.trace, weights=run.weights, interventions=run.interventions, baseline=run.twin)
 print(circuit.attrs["verdict"])
-figure, ax = plt.subplots(figsize=(8, 4.8), layout="constrained")
-recall_circuit.plot(circuit, ax)
-figure.savefig("recall_circuit.png", dpi=160)
+table = recall_circuit.distance(circuit).isel(layer=0).reset_coords(drop=True)
+print(table[["measured", "ideal", "null", "distance"]].to_dataframe().round(3))
+for kind, size in {"signatures": (8, 5.6), "diagram": (7, 4)}.items():
+    figure, ax = plt.subplots(figsize=size, layout="constrained")
+    recall_circuit.plot(circuit, ax, kind=kind)
+    figure.savefig("recall_circuit.png" if kind == "signatures" else "recall_circuit_diagram.png", dpi=160)

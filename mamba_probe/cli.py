@@ -158,7 +158,7 @@ def record(
 @app.command()
 @answered
 def analyze(
-    name: Annotated[str, typer.Argument(help="wavelet_alignment, memory_horizon or recall_circuit.")],
+    name: Annotated[str, typer.Argument(help="wavelet_alignment, memory_horizon, recall_circuit or hidden_attention.")],
     run_dir: Annotated[Path, typer.Argument(help="What `record` or `report` wrote.")],
     out_dir: OUT, seed: SEED = 0, overwrite: OVERWRITE = False,
 ) -> None:  # fmt: skip
@@ -192,6 +192,8 @@ def reproduce_command(
     Writes, for each claim NAME, DIR/NAME.csv (a row a measurement), NAME.md, NAME.png and NAME.svg, and one
     self-contained [bold]index.html[/bold]. Each row has its null, its interval, its bound and a verdict: "holds",
     "fails as it must" (a failure that theory demands), or "FAILS"; then the exit code is 1, after all is written.
+
+    --overwrite removes the files of all claims that an earlier run left in DIR, and index.html.
 
     haar: wavelet coefficients by one S6 layer. keep: one token, however long ago. mqar: associative recall in each
     mixer. induction: what followed the token before. all: a few minutes on 2 cores.

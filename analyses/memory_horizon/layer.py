@@ -1,102 +1,108 @@
-"""Horizons of one layer: its rows are loaded one block of channels at a time, each channel is measured whole."""
+"""Horizons of one layer at one level: read one block of channels at a time, measured one channel at a time."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from mamba_probe.analyses.common import Canonical, Row, interval
-from mamba_probe.analyses.memory_horizon import core
+from mamba_probe.analyses.common import Canonical, Row
+from mamba_probe.analyses.memory_horizon import core, survival
+from mamba_probe.analyses.memory_horizon.options import QUANTILES, Options
+from mamba_probe.analyses.memory_horizon.summary import GAINS, Counts, found_quantiles, share, summary
 
-__all__ = ["QUANTILES", "Options", "measure_layer"]
-
-QUANTILES = (0.1, 0.5, 0.9)
-"""Over (batch, token); a censored horizon counts as infinite."""
+__all__ = ["blocks", "measure_layer", "orders", "state_slices"]
 
 BLOCK_BYTES = 2**28
 """Most bytes of delta and its cumulative sum held at once: a layer above this is read in several blocks of channels."""
 
+STATE_ELEMENTS = 2**21
+"""Most (token, state) elements worked on at once: of long rows, few states are measured at a time."""
+
 KINDS = ("forward", "backward", "null_shuffle", "null_lti")
-GAINS = {"selectivity_gain": "forward", "null_shuffle_gain": "null_shuffle"}
 
 
-@dataclass(frozen=True)
-class Options:
-    """What `measure` was asked for; tokens and events are positions among a row's valid tokens."""
-
-    level: float
-    tokens: tuple[int, ...]
-    events: tuple[int, ...]
-    n_bootstrap: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Horizons counted for each row and state; `least` puts a censored one at the least it can be."""
-
-    exact: Int[np.ndarray, "*counted size"]
-    least: Int[np.ndarray, "*counted size"]
-
-
-def measure_layer(view: Canonical, layer: int, options: Options) -> dict[str, np.ndarray]:
-    """Every result of one layer, by name; the leading axis of a per-channel result is the head."""
-    threshold = core.reach(options.level, view.decay(layer))
-    channels, totals, elapsed, tokens = [], {}, [], np.zeros(view.n_rows)
-    for heads in _blocks(view):
+def measure_layer(view: Canonical, layer: int, level: float, options: Options) -> dict[str, np.ndarray]:
+    """Every horizon of one layer, by name; the leading axis of a per-channel result is the head."""
+    threshold = core.reach(level, view.decay(layer))
+    channels, totals, spans, tokens = [], {}, [], np.zeros(len(options.units))
+    for heads in blocks(view):
         rows = [view.row(layer, row, heads) for row in range(view.n_rows)]
-        spans = [core.elapsed(row.delta, row.cumulative, row.position) for row in rows]
-        elapsed.append(np.stack([delta for delta, _ in spans]))
-        tokens = np.array([count for _, count in spans])
-        orders = _orders(rows, layer, options.seed)
-        means = elapsed[-1] / tokens[:, None]
+        parts = [_part(rows[row], part) for row, part in options.units]
+        spans.append(np.stack([delta for delta, _ in parts]))
+        tokens = np.array([count for _, count in parts])
+        shuffled, means = orders(rows, layer, options.seed), [np.divide(*_part(row, slice(None))) for row in rows]
         for i, head in enumerate(range(view.n_heads)[heads]):
-            tally = {kind: _tally(_path(rows, i, kind, orders, means), rows, threshold[head], kind) for kind in KINDS}
-            channels.append(_channel(rows, i, view.decay(layer)[head], threshold[head], tally, options))
-            _add(totals, tally)
+            pieces = []
+            for states in state_slices(rows, threshold.shape[1]):
+                reach = threshold[head, states]
+                tally = {
+                    kind: _tally(_path(rows, i, kind, shuffled, means), rows, reach, kind, options) for kind in KINDS
+                }
+                pieces.append(_channel(tally, options) | _at(rows, i, reach, options.tokens))
+                _add(totals, tally)
+            channels.append({name: np.concatenate([piece[name] for piece in pieces], -1) for name in pieces[0]})
     parts = {name: np.stack([channel[name] for channel in channels]) for name in channels[0]}
-    parts |= _reference(parts, threshold, np.concatenate(elapsed, axis=1), tokens)
-    parts["lyapunov"] = view.decay(layer) * parts["mean_delta"][:, None]
-    return parts | _summary(parts, totals, threshold, np.concatenate(elapsed, axis=1), tokens, options)
+    parts = {name: values if name.startswith("token_") else _state_first(values) for name, values in parts.items()}
+    elapsed = np.concatenate(spans, axis=1)
+    parts |= _reference(parts, view.decay(layer), threshold, elapsed, tokens)
+    return parts | summary(parts, totals, threshold, elapsed, tokens, options)
 
 
-def _blocks(view: Canonical) -> Iterator[slice]:
+def blocks(view: Canonical) -> Iterator[slice]:
+    """Blocks of channels whose delta fits in `BLOCK_BYTES`."""
     bytes_each = 2 * 8 * max(1, int(view.valid.sum()))
     step = max(1, BLOCK_BYTES // bytes_each)
     for start in range(0, view.n_heads, step):
         yield slice(start, start + step)
 
 
-def _orders(rows: list[Row], layer: int, seed: int) -> list[np.ndarray]:
+def state_slices(rows: list[Row], n_states: int) -> list[slice]:
+    """Slices of the states, few at a time where rows are long."""
+    step = max(1, STATE_ELEMENTS // sum(len(row.position) for row in rows))
+    return [slice(start, start + step) for start in range(0, n_states, step)]
+
+
+def orders(rows: list[Row], layer: int, seed: int) -> list[np.ndarray]:
     """One permutation of each row's tokens; none where tokens are missing, since what would be shuffled is unknown."""
     if not all(row.contiguous for row in rows):
         return []
     return [np.random.default_rng((seed, layer, i)).permutation(len(row.position)) for i, row in enumerate(rows)]
 
 
+def _part(row: Row, part: slice) -> tuple[Float[np.ndarray, " head"], int]:
+    return core.elapsed(row.delta[part], row.cumulative[part], row.position[part])
+
+
+def _state_first(values: np.ndarray) -> np.ndarray:
+    """(head, quantile, state) -> (head, state, quantile); (head, state) as it is."""
+    return np.moveaxis(values, -1, 1)
+
+
 def _path(
-    rows: list[Row], head: int, kind: str, orders: list[np.ndarray], means: Float[np.ndarray, "row head"]
+    rows: list[Row], head: int, kind: str, shuffled: list[np.ndarray], means: list[np.ndarray]
 ) -> list[np.ndarray]:
     """Cumulative delta of a channel in each row: as executed, shuffled, or with delta at the row's mean."""
     if kind == "null_shuffle":
-        return [np.cumsum(row.delta[order, head]) for row, order in zip(rows, orders, strict=False)]
+        return [np.cumsum(row.delta[order, head]) for row, order in zip(rows, shuffled, strict=False)]
     if kind == "null_lti":
-        return [mean * (row.position - row.position[0] + 1.0) for row, mean in zip(rows, means[:, head], strict=True)]
+        return [mean[head] * (row.position - row.position[0] + 1.0) for row, mean in zip(rows, means, strict=True)]
     return [row.cumulative[:, head] for row in rows]
 
 
-def _tally(paths: list[np.ndarray], rows: list[Row], threshold: Float[np.ndarray, " state"], kind: str) -> Counts:
-    """Horizons counted, by the same rule for what was executed and for its nulls."""
+def _tally(
+    paths: list[np.ndarray], rows: list[Row], threshold: Float[np.ndarray, " state"], kind: str, options: Options
+) -> Counts:
+    """Horizons counted by unit of resampling, by the same rule for what was executed and for its nulls."""
     size = max(int(row.position[-1] - row.position[0]) for row in rows) + 3
-    exact = np.zeros((len(rows), len(threshold), size), dtype=np.int64)
+    exact = np.zeros((len(options.units), len(threshold), size), dtype=np.int64)
     least = np.zeros_like(exact)
+    horizon = core.backward if kind == "backward" else core.forward
     for i, (row, cumulative) in enumerate(zip(rows, paths, strict=False)):
-        horizon = core.backward if kind == "backward" else core.forward
         steps, censored = horizon(cumulative, threshold, row.position)
-        exact[i] = core.counts(steps, censored, size)
-        least[i] = core.counts(steps, np.zeros_like(censored), size)
+        for unit, (of, part) in enumerate(options.units):
+            if of == i:
+                exact[unit] = core.counts(steps[:, part], censored[:, part], size)
+                least[unit] = core.counts(steps[:, part], np.zeros_like(censored[:, part]), size)
     return Counts(exact, least)
 
 
@@ -109,46 +115,27 @@ def _add(totals: dict[str, Counts], tally: dict[str, Counts]) -> None:
         totals[kind] = Counts(exact, least)
 
 
-def _quantiles(count: Int[np.ndarray, "*shape size"]) -> Float[np.ndarray, "*shape quantile"]:
-    """Quantiles along the last axis; NaN where nothing was counted."""
-    found = core.quantiles(count, QUANTILES)
-    return np.where(count.sum(axis=-1)[..., None] > 0, found, np.nan)
-
-
-def _share(count: Int[np.ndarray, "*shape size"]) -> Float[np.ndarray, "*shape"]:
-    total = count.sum(axis=-1).astype(float)
-    return np.divide(count[..., -1], total, out=np.full(total.shape, np.nan), where=total > 0)
-
-
-def _channel(
-    rows: list[Row], head: int, A: np.ndarray, threshold: np.ndarray, tally: dict[str, Counts], options: Options
-) -> dict[str, np.ndarray]:
+def _channel(tally: dict[str, Counts], options: Options) -> dict[str, np.ndarray]:
+    """Statistics of each state, state last."""
     parts = {}
     for kind, counts in tally.items():
-        parts[f"{kind}_horizon"] = _quantiles(counts.exact.sum(axis=0))
-        parts[f"{kind}_horizon_at_least"] = _quantiles(counts.least.sum(axis=0))
-        parts[f"{kind}_censored_share"] = _share(counts.exact.sum(axis=0))
-    decay = [np.exp(np.outer(row.delta[:, head], A)) for row in rows]
-    parts["mean_decay"] = np.concatenate(decay).mean(axis=0)
-    if options.events:
-        parts["mean_decay_event"] = _around(decay, [row.position for row in rows], options.events)
-    if options.tokens:
-        parts |= _at(rows, head, threshold, options.tokens)
+        exact, least = counts.exact.sum(axis=0), counts.least.sum(axis=0)
+        parts[f"{kind}_horizon"] = found_quantiles(exact).T
+        parts[f"{kind}_horizon_at_least"] = found_quantiles(least).T
+        parts[f"{kind}_censored_share"] = share(exact)
+        if kind in ("forward", "backward"):
+            survived = survival.curve(exact, least)
+            parts[f"{kind}_km_horizon"] = survival.curve_quantiles(survived, QUANTILES).T
+            parts[f"{kind}_restricted_mean"] = survival.restricted_mean(survived, options.within)
     return parts
 
 
-def _around(decay: list[np.ndarray], positions: list[np.ndarray], events: tuple[int, ...]) -> np.ndarray:
-    """Mean decay before, at and after each row's event, pooled over rows: (state, event); NaN where no token is."""
-    side = np.concatenate([np.sign(position - event) for position, event in zip(positions, events, strict=True)])
-    pooled = np.concatenate(decay)
-    none = np.full(pooled.shape[1], np.nan)
-    return np.stack([pooled[side == s].mean(axis=0) if (side == s).any() else none for s in (-1, 0, 1)], axis=-1)
-
-
-def _at(rows: list[Row], head: int, threshold: np.ndarray, tokens: tuple[int, ...]) -> dict[str, np.ndarray]:
+def _at(
+    rows: list[Row], head: int, threshold: Float[np.ndarray, " state"], tokens: tuple[int, ...]
+) -> dict[str, np.ndarray]:
     """Horizons of the requested tokens: (batch, query_token, state)."""
     parts = {}
-    for kind, horizon in (("forward", core.forward), ("backward", core.backward)):
+    for kind, horizon in (("forward", core.forward), ("backward", core.backward)) if tokens else ():
         both = [horizon(row.cumulative[:, head], threshold, row.position) for row in rows]
         at = [[row.index(token) for token in tokens] for row in rows]
         steps = np.stack([steps[:, i].T for (steps, _), i in zip(both, at, strict=True)]).astype(float)
@@ -158,66 +145,27 @@ def _at(rows: list[Row], head: int, threshold: np.ndarray, tokens: tuple[int, ..
     return parts
 
 
-def _reference(parts: dict, threshold: np.ndarray, elapsed: np.ndarray, tokens: np.ndarray) -> dict[str, np.ndarray]:
+def _reference(
+    parts: dict[str, np.ndarray],
+    decay: Float[np.ndarray, "head state"],
+    threshold: Float[np.ndarray, "head state"],
+    elapsed: Float[np.ndarray, "unit head"],
+    tokens: Int[np.ndarray, " unit"],
+) -> dict[str, np.ndarray]:
     """The layer with delta frozen to its mean, and what selectivity adds to it."""
     mean_delta = (elapsed.sum(axis=0) / tokens.sum())[:, None]
-    frozen = parts["null_lti_horizon"][..., 1]
     forward, least = parts["forward_horizon"], parts["forward_horizon_at_least"]
-    return {
+    found = {
         "mean_delta": mean_delta[:, 0],
+        "lyapunov": decay * mean_delta,
+        "half_life": core.lti(core.reach(0.5, decay), mean_delta),
         "lti_horizon": core.lti(threshold, mean_delta),
-        "selectivity_gain": core.ratio(forward[..., 1], frozen),
-        "selectivity_gain_at_least": core.ratio(least[..., 1], frozen),
         "log_spread": core.log_spread(forward),
         "log_spread_at_least": core.least_log_spread(forward, least),
         "null_shuffle_log_spread": core.log_spread(parts["null_shuffle_horizon"]),
         "null_lti_log_spread": core.log_spread(parts["null_lti_horizon"]),
     }
-
-
-def _summary(
-    parts: dict,
-    totals: dict[str, Counts],
-    threshold: np.ndarray,
-    elapsed: np.ndarray,
-    tokens: np.ndarray,
-    options: Options,
-) -> dict[str, np.ndarray]:
-    """Quantiles pooled over (batch, token, channel, state), each with its bootstrap interval over rows."""
-
-    def reference(draws: np.ndarray) -> np.ndarray:
-        horizon = core.lti(threshold, ((draws @ elapsed) / (draws @ tokens))[:, None])
-        return np.quantile(horizon, QUANTILES, method="inverted_cdf")
-
-    def gain(draws: np.ndarray, kind: str) -> np.ndarray:
-        median, frozen = (_quantiles(draws @ totals[which].exact)[1:2] for which in (kind, "null_lti"))
-        return core.ratio(median, frozen).reshape(())
-
-    statistics = {f"layer_{kind}_horizon": lambda draws, c=totals[kind]: _quantiles(draws @ c.exact) for kind in KINDS}
-    statistics |= {"layer_lti_horizon": reference}
-    statistics |= {f"layer_{name}": partial(gain, kind=kind) for name, kind in GAINS.items()}
-    every = np.ones(len(tokens), dtype=int)
-    found = {name: np.asarray(statistic(every)) for name, statistic in statistics.items()}
-    for name, statistic in statistics.items():
-        bounds = interval(statistic, len(tokens), options.n_bootstrap, options.seed)
-        found |= {f"{name}_low": bounds[0], f"{name}_high": bounds[1]}
-    for kind in KINDS:
-        found[f"layer_{kind}_horizon_at_least"] = _quantiles(totals[kind].least.sum(axis=0))
-        found[f"layer_{kind}_censored_share"] = _share(totals[kind].exact.sum(axis=0))
-    for name, kind in GAINS.items():
-        at_least = found[f"layer_{kind}_horizon_at_least"][1:2]
-        found[f"layer_{name}_at_least"] = core.ratio(at_least, found["layer_null_lti_horizon"][1:2]).reshape(())
-    for name in (
-        "log_spread",
-        "log_spread_at_least",
-        "null_shuffle_log_spread",
-        "null_lti_log_spread",
-    ):
-        found[f"layer_{name}"] = _median(parts[name])
+    for end in ("", "_at_least"):
+        gained = parts[f"{GAINS['selectivity_gain']}_horizon{end}"][..., 1]
+        found[f"selectivity_gain{end}"] = core.ratio(gained, parts["null_lti_horizon"][..., 1])
     return found
-
-
-def _median(values: np.ndarray) -> np.ndarray:
-    """Median over channels and states of what is known; NaN where nothing is."""
-    known = values[~np.isnan(values)]
-    return np.asarray(np.quantile(known, 0.5, method="inverted_cdf") if known.size else np.nan)

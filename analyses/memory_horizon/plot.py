@@ -1,4 +1,4 @@
-"""Horizons of each layer against its time-invariant equivalent."""
+"""Horizons of each layer against its time-invariant equivalent; survival, tokens and events of one layer."""
 
 from typing import Any
 
@@ -6,44 +6,72 @@ import numpy as np
 import xarray as xr
 
 from mamba_probe.analyses.common import style
+from mamba_probe.analyses.memory_horizon import curves
 
 __all__ = ["KINDS", "plot"]
 
-KINDS = ("horizon", "gain", "share")
+KINDS = ("horizon", "gain", "share", "survival", "token", "decay")
 
 
-def plot(result: xr.Dataset, ax: Any = None, *, kind: str = "horizon") -> Any:
-    """Draw a result of `measure`; nothing is computed here.
+def plot(
+    result: xr.Dataset, ax: Any = None, *, kind: str = "horizon", level: str | None = None, layer: int | None = None
+) -> Any:
+    """Draw a result of `measure`; nothing is computed here but quantiles over what is not drawn.
 
     `horizon`: median forward horizon of each layer (bar: 10-90 % of tokens, channels and states; box: interval over
     rows) beside delta shuffled and the time-invariant equivalent; an arrow marks what the recording does not reach.
     `gain`: the median horizon over its time-invariant equivalent, beside the same nulls.
     `share`: share of channels and states, of all layers together, whose median horizon exceeds a number of tokens.
+    `survival`: of one layer, the share of horizons longer than a lag (Kaplan-Meier) and its nulls; light: what it
+    can be, whatever the censored horizons are.
+    `token`: of one layer, horizons of `tokens`, and of the source tokens of a Jacobian where one was given.
+    `decay`: of one layer, exp(A delta) before, at and after the event.
 
     Args:
         result: Dataset from `measure`.
         ax: matplotlib Axes; new ones by default.
-        kind: "horizon", "gain" or "share".
+        kind: one of the above.
+        level: name of the level, where the result holds several.
+        layer: the model's own layer number, for a kind that draws one layer of several.
 
     Returns:
         The Axes.
 
     Raises:
-        ValueError: another kind, or a result of another analysis.
+        ValueError: another kind, a result of another analysis or without what the kind draws, several levels or layers
+            and none named.
 
     >>> plot(xr.Dataset(), kind="pie")
     Traceback (most recent call last):
-    ValueError: kind must be one of ('horizon', 'gain', 'share'); got 'pie'
+    ValueError: kind must be one of ('horizon', 'gain', 'share', 'survival', 'token', 'decay'); got 'pie'
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}; got {kind!r}")
     style.check(result, "memory_horizon")
+    result = _one(result, "level", level)
+    if kind in curves.DRAW:
+        result = _one(result, "layer", layer)
+        curves.check(result, kind)
     ax = style.axes(ax)
-    {"horizon": _horizon, "gain": _gain, "share": _share}[kind](result, ax)
-    if kind != "share":
+    ({**curves.DRAW, "horizon": _horizon, "gain": _gain, "share": _share})[kind](result, ax)
+    if kind in ("horizon", "gain"):
         style.layer_axis(ax, result.layer.values)
-    style.legend_outside(ax)
+    ax.set_xlabel(f"{ax.get_xlabel()}\n{curves.caption(result, kind)}")
+    if kind != "decay":
+        style.legend_outside(ax)
     return ax
+
+
+def _one(result: xr.Dataset, dim: str, label: str | int | None) -> xr.Dataset:
+    """The result at one label of a dimension, which must be named where there are several."""
+    if dim not in result.dims:
+        return result
+    known = result[dim].values.tolist()
+    if label is None and len(known) == 1:
+        label = known[0]
+    if label not in known:
+        raise ValueError(f"the result holds {dim}s {known}: name one, {dim}=...; got {label!r}")
+    return result.sel({dim: label})
 
 
 def _horizon(result: xr.Dataset, ax: Any) -> None:

@@ -24,14 +24,11 @@ __all__ = [
     "gated_output",
     "identity_error",
     "log_delta_contrast",
-    "match",
     "norm_scale",
-    "pair_scores",
     "ratio",
     "readout",
     "relative_tap",
     "silu",
-    "tally",
     "tap_mass",
     "write_energy",
 ]
@@ -92,7 +89,7 @@ def ratio(
 
 
 def contribution(
-    prompt: Prompt, query: int, sources: Int[np.ndarray, " source"]
+    prompt: Prompt, query: int, sources: Int[np.ndarray, " source"], faded: bool = True
 ) -> Float[np.ndarray, "source head head_channel"]:
     """What each source adds to the input of `out_proj` at the query (ours; after Ali et al. 2024, arXiv 2403.01590).
 
@@ -102,6 +99,7 @@ def contribution(
         prompt: one prompt of one layer.
         query: the token t that reads.
         sources: tokens s <= t that may have written.
+        faded: False leaves all decay out, exp(A Cum) = 1, as `ablate("decay")` does: writes stay as they are.
 
     Returns:
         (source, head, head_channel). Cost O(source head state): never token x token.
@@ -111,11 +109,10 @@ def contribution(
     >>> contribution(prompt, 2, np.array([0, 1])).ravel().tolist()
     [50.0, 50.0]
     """
-    elapsed = prompt.cumulative[query] - prompt.cumulative[sources]
+    elapsed = (prompt.cumulative[query] - prompt.cumulative[sources]) * float(faded)
     groups = np.arange(len(prompt.A)) // (len(prompt.A) // prompt.B.shape[1])
-    kernel = attention_row(
-        prompt.delta[sources], elapsed, prompt.A, prompt.B[sources], prompt.C[query], groups, prompt.zoh
-    )
+    B = prompt.B[:1] if np.iscomplexobj(prompt.A) else prompt.B[sources]  # S4D's is constant
+    kernel = attention_row(prompt.delta[sources], elapsed, prompt.A, B, prompt.C[query], groups, prompt.zoh)
     return silu(prompt.z[query]) * prompt.x[sources] * kernel[..., None]
 
 
@@ -192,75 +189,17 @@ def readout(
     return logits - logits.mean(axis=0)
 
 
-def pair_scores(
-    prompt: Prompt,
-    read: Float[np.ndarray, "value head head_channel"],
-    query: int,
-    candidates: Int[np.ndarray, " candidate"],
-    truth: int,
-    value: int,
-    scale: Float[np.ndarray, " head"],
-) -> tuple[float, float]:
-    """S1 and S3 of one query: is the right write the one that speaks for the answer, and does it say the answer?
-
-    S1 = 1[argmax_w L_{t,w}[v*] = s*], S3 = 1[argmax_v L_{t,s*}[v] = v*], L_{t,s} = R . o_{t,s}. A tie counts as wrong,
-    and so does a write that lies after the query.
-
-    Args:
-        prompt: one prompt of one layer.
-        read: from `readout`.
-        query: the token t.
-        candidates: tokens where a pair may have been written, all <= t.
-        truth: s*, the token where the right pair was written.
-        value: v*, the right value's index in `read`.
-        scale: of a gated norm before `out_proj` at t, frozen; ones without.
-    """
-    if truth not in candidates:
-        return 0.0, 0.0
-    given = (contribution(prompt, query, candidates) * scale[:, None]).reshape(len(candidates), -1)
-    flat = read.reshape(len(read), -1)
-    index = int(np.flatnonzero(candidates == truth)[0])
-    return _strict_argmax(given @ flat[value], index), _strict_argmax(flat @ given[index], value)
-
-
-def _strict_argmax(scores: Float[np.ndarray, " n"], index: int) -> float:
-    """1.0 when `index` alone holds the maximum."""
-    return float(scores[index] > np.delete(scores, index).max())
-
-
-def match(
-    C: Float[np.ndarray, "group state"], B: Float[np.ndarray, "candidate group state"], truth: int | None
-) -> tuple[float, float, float]:
-    """S5, S6 and the null of S5 of one query: does the query's key find the pair's key in state space?
-
-    S5 = (C_t.B_{s*} - max_{w != s*} C_t.B_w) / (|C_t| max_w |B_w|), S6 = 1[argmax_w C_t.B_w = s*]. The null of
-    S5 is its mean over all permutations of the candidates. `truth` None (written after the query): a match of 0.
-
-    Args:
-        C: of the query; groups count as further states.
-        B: of the candidates, at least two.
-        truth: index of s* among the candidates.
-
-    >>> match(np.array([[1.0, 0.0]]), np.eye(2)[:, None], 0)
-    (1.0, 1.0, 0.0)
-    """
-    products = np.einsum("gn,wgn->w", C, B)
-    scale = np.linalg.norm(C) * np.sqrt((B**2).sum(axis=(1, 2)).max())
-    if scale == 0:
-        return 0.0, 0.0, 0.0
-    second, first = np.sort(products)[-2:]
-    margins = products - np.where(np.arange(len(products)) == products.argmax(), second, first)
-    margin = -first if truth is None else margins[truth]
-    return float(margin / scale), float(margin > 0), float(margins.mean() / scale)
-
-
 def write_energy(prompt: Prompt, out_energy: Float[np.ndarray, "head head_channel"]) -> Float[np.ndarray, " token"]:
     """E_s of S7: sum over channels of |W_out column|^2 (delta_s x_s)^2, times |B_s|^2 of the channel's group.
+
+    Where delta and B are the same at every token (S4D, complex A), x_s alone is left of it.
 
     Args:
         prompt: one prompt of one layer.
         out_energy: squared norm of each column of `out_proj`.
     """
+    if np.iscomplexobj(prompt.A):
+        return np.einsum("hp,thp->t", out_energy, prompt.x**2)
     per_head = np.einsum("hp,thp->th", out_energy, (prompt.delta[..., None] * prompt.x) ** 2)
     size = (prompt.B**2).sum(axis=-1)
     return (per_head * np.repeat(size, per_head.shape[1] // size.shape[1], axis=1)).sum(axis=-1)
@@ -303,55 +242,3 @@ def relative_tap(write: Float[np.ndarray, " lag"], value: Float[np.ndarray, " la
     0.1875
     """
     return float((write[1:] * value[:-1]).sum())
-
-
-def tally(
-    prompt: Prompt,
-    read: Float[np.ndarray, "value head head_channel"],
-    out_energy: Float[np.ndarray, "head head_channel"],
-    asked: Questions,
-    offset: int,
-    scale: Float[np.ndarray, "n head"],
-) -> Float[np.ndarray, "kind=2 signature=7 part=2"]:
-    """All activation signatures of one prompt, each as numerator and denominator, so that prompts add up.
-
-    Args:
-        prompt: one prompt of one layer.
-        read: from `readout`.
-        out_energy: squared norm of each column of `out_proj`.
-        asked: the queries to score.
-        offset: tokens between a value and the write of its pair; a write after the query contributes nothing.
-        scale: of a gated norm before `out_proj` at each query; ones without.
-
-    Returns:
-        kind: measured, closed-form null. signature: S1, S3, S5, S6, S7, S8, S9. part: numerator, denominator.
-    """
-    writes = np.zeros(len(prompt.delta), dtype=bool)
-    writes[(asked.pairs + offset)[asked.pairs + offset < len(writes)]] = True
-    each = [
-        _ask(prompt, read, *one, np.flatnonzero(writes[: one[0] + 1]), offset)
-        for one in zip(asked.query.tolist(), asked.truth.tolist(), asked.value.tolist(), scale, strict=True)
-    ]
-    totals = np.sum(each, axis=0).reshape(2, 4) if each else np.zeros((2, 4))
-    written, gate, n = write_energy(prompt, out_energy), gate_energy(prompt, out_energy), float(len(writes))
-    measured = [
-        *([total, len(each)] for total in totals[0]),
-        [written[writes].sum(), written.sum()],
-        [log_delta_contrast(prompt.delta, writes), 1.0],
-        [gate[asked.keys].sum(), gate.sum()],
-    ]
-    null = [*([total, len(each)] for total in totals[1]), [writes.sum(), n], [0.0, 1.0], [asked.keys.sum(), n]]
-    return np.array([measured, null])
-
-
-def _ask(
-    prompt: Prompt, read: Float[np.ndarray, "value head head_channel"], query: int, truth: int, value: int,
-    scale: Float[np.ndarray, " head"], candidates: Int[np.ndarray, " candidate"], offset: int,
-) -> tuple[float, ...]:  # fmt: skip
-    """S1, S3, S5, S6 of one query and then their nulls."""
-    written = truth + offset
-    pair, value_read = pair_scores(prompt, read, query, candidates, written, value, scale)
-    index = int(np.searchsorted(candidates, written)) if written <= query else None
-    margin, found, margin_null = match(prompt.C[query], prompt.B[candidates], index)
-    chance = 1 / len(candidates)
-    return pair, value_read, margin, found, chance, 1 / len(read), margin_null, chance

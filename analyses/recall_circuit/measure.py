@@ -11,18 +11,15 @@ from mamba_probe.analyses.common.result import Entry
 from mamba_probe.analyses.recall_circuit.asked import Asked, no_task, read_task
 from mamba_probe.analyses.recall_circuit.proportion import causal_share, wilson
 from mamba_probe.analyses.recall_circuit.scoring import Scores, score
-from mamba_probe.analyses.recall_circuit.signatures import IDS, SIGNATURES
+from mamba_probe.analyses.recall_circuit.signatures import IDS, SIGNATURES, absent, ideals
 from mamba_probe.analyses.recall_circuit.static import check_weights
+from mamba_probe.analyses.recall_circuit.verdict import RULE, nearest_layer, say
 from mamba_probe.trace import require
 
 __all__ = ["measure"]
 
 GATE = 0.5
 """A circuit is scored only when the accuracy's lower 95 % bound is above this."""
-RULE = (
-    "a circuit is found when S1, S3 and S6 of the strongest layer, at their lower bounds (values, without bounds), "
-    "lie nearer to 1 than to their nulls, the randomised twin's where those are higher"
-)
 LAYERED = ("signature", "layer")
 
 
@@ -35,14 +32,14 @@ def measure(
 
     A source s adds o_{t,s} = W_out[SiLU(z_t) x_s delta_s sum_n C_t B_s exp(A Cum(s,t))] to the mixer's output at a
     query t, and L_{t,s} = (U norm_f) . o_{t,s} to the logits, centred over the values; sum_s o_{t,s} + D path = output.
-    The path is linear: the last norm (and a gated norm) is frozen, later layers are not followed. A network may write
-    a pair some tokens late, so candidate writes are the value tokens plus an offset, the best of `offsets` in each
-    layer. Only queries answered correctly are scored, and none when the lower 95 % (Wilson) bound of the accuracy is at
-    most 0.5.
+    That is direct attribution: the last norm (and a gated norm) is frozen, and the path runs past later layers. A
+    network may write a pair some tokens late, so candidate writes are the value tokens plus an offset, the best of
+    `offsets` in each layer. Only queries answered correctly are scored, and none when the lower 95 % (Wilson) bound of
+    the accuracy is at most 0.5.
 
     Args:
         trace: of a task (coordinates role, target, source_token, prediction) with delta, A, B, C, x, z; with `out`, the
-            identity above is measured too. Without task roles the result only says so.
+            identity above is measured too; with `u`, also S11 to S13. Without task roles the result only says so.
         weights: `probe.weights()` of a language model.
         interventions: `probe.intervene(...)`: n_correct and n_query by intervention, "none" among them.
         baseline: (trace, weights) of a randomised twin, scored on all its queries.
@@ -52,10 +49,12 @@ def measure(
         values: token ids a query may have to name; None: the targets that occur.
 
     Returns:
-        value, null, low, high (signature, layer) [and baseline]; offset, strongest (layer) [and baseline_offset,
-        identity_error]; tap_mass_B, tap_mass_C, tap_mass_x (layer, lag); causal_share, causal_low, causal_high,
-        causal_accuracy (intervention); scalars solved, accuracy, accuracy_low, accuracy_high, n_query, n_correct,
-        n_scored, n_values, chance. The answer in one sentence: attrs["verdict"].
+        value, null, low, high (signature, layer) [and baseline], with coordinates label, ideal and absent (why a
+        signature is NaN); offset, strongest (layer) [and baseline_offset, identity_error]; carried (layer, channel or
+        head), matched (layer, group, state; not S4D), shifted (layer, channel; Mamba-1); tap_mass_B, tap_mass_C,
+        tap_mass_x (layer, lag; S4D: x); causal_share, causal_low, causal_high, causal_accuracy (intervention); scalars
+        solved, accuracy, accuracy_low, accuracy_high, n_query, n_correct,
+        n_scored, n_values, chance. The answer in one sentence: attrs["verdict"]. See `distance` and `diagram`.
 
     Raises:
         ValueError: something was not recorded, does not fit, or is not of this model; the message says what to do.
@@ -67,17 +66,17 @@ def measure(
     'no task:'
     """
     scanned = _check_options(offsets, n_bootstrap)
-    absent = no_task(trace)
-    if absent:
+    unasked = no_task(trace)
+    if unasked:
         require(trace, "delta", "layer")
-        return _unsolved(f"no task: {absent}", trace["layer"].values, None, scanned)
+        return _unsolved(f"no task: {unasked}", trace, trace["layer"].values, None, scanned)
     canonical, loaded, asked = _prepare(trace, weights, values)
     _check_interventions(interventions, trace)
     low = wilson(int(asked.correct.sum()), int(asked.query.sum()))[0]
     if low <= GATE:
         share = asked.correct.sum() / asked.query.sum()
         verdict = f"no circuit: accuracy {share:.2f}, lower bound {low:.2f} <= .5: the model does not solve the task"
-        return _unsolved(verdict, canonical.layers, asked, scanned, interventions)
+        return _unsolved(verdict, trace, canonical.layers, asked, scanned, interventions)
     scores, n_scored = _score(canonical, loaded, asked, asked.correct, scanned, n_bootstrap, seed)
     twin = _twin(baseline, canonical, scanned, seed, values)
     return _result(canonical, asked, scores, twin, n_scored, scanned, interventions)
@@ -136,9 +135,9 @@ def _twin(
     own = canonical.trace.attrs.get("model_hash")
     if own and own == baseline[0].attrs.get("model_hash"):
         raise ValueError("baseline is a recording of the model itself; pass one of a randomised twin")
-    absent = no_task(baseline[0])
-    if absent:
-        raise ValueError(f"the baseline needs the same task: {absent}")
+    unasked = no_task(baseline[0])
+    if unasked:
+        raise ValueError(f"the baseline needs the same task: {unasked}")
     other, weights, asked = _prepare(*baseline, values)
     if other.layers.tolist() != canonical.layers.tolist():
         raise ValueError(f"baseline has layers {other.layers.tolist()}; the trace has {canonical.layers.tolist()}")
@@ -208,6 +207,21 @@ def _layered(arrays: dict[str, np.ndarray]) -> dict[str, Entry]:
     return {name: (LAYERED, array, text[name], "1") for name, array in arrays.items()}
 
 
+def _parts(scores: Scores, canonical: Canonical) -> dict[str, Entry]:
+    """Which heads carry the answer, which states match, and (Mamba-1) which channels bring the key to B."""
+    head, family = canonical.head_dim, canonical.trace.attrs["family"]
+    entries: dict[str, Entry] = {
+        "carried": (("layer", head), scores.carried, "share of |L_{t,s*}[v*]| that runs through it", "1")
+    }
+    if family != "s4d":
+        text = "share of the match, sum over queries of |C_t[n] B_s*[n]|"
+        entries["matched"] = (("layer", "group", "state"), scores.matched, text, "1")
+    if family == "mamba":
+        text = "share of B's squared taps that is the channel's, at lag offset + 1"
+        entries["shifted"] = (("layer", head), scores.shifted, text, "1")
+    return entries
+
+
 def _offsets(offset: Int[np.ndarray, " layer"], strongest: Bool[np.ndarray, " layer"]) -> dict[str, Entry]:
     return {
         "offset": (("layer",), offset, "tokens between a value and the write of its pair; -1: none", "token"),
@@ -217,6 +231,7 @@ def _offsets(offset: Int[np.ndarray, " layer"], strongest: Bool[np.ndarray, " la
 
 def _unsolved(
     verdict: str,
+    trace: xr.Dataset,
     layers: np.ndarray,
     asked: Asked | None,
     offsets: tuple[int, ...],
@@ -227,7 +242,9 @@ def _unsolved(
     accuracy = _accuracy(asked, False, 0)
     entries = _layered(nothing) | _offsets(np.full(len(layers), -1), np.zeros(len(layers), bool)) | accuracy
     entries |= _causal(interventions, float(accuracy["chance"][1]), solved=False)
-    return described(entries, _coords(layers, interventions), _attrs(verdict, offsets, interventions, None, True))
+    return described(
+        entries, _coords(trace, layers, interventions), _attrs(trace, verdict, offsets, interventions, None, True)
+    )
 
 
 def _result(
@@ -235,51 +252,41 @@ def _result(
     interventions: xr.Dataset | None,
 ) -> xr.Dataset:  # fmt: skip
     arrays = {"value": scores.value, "null": scores.null, "low": scores.low, "high": scores.high}
-    best = max(range(len(canonical.layers)), key=lambda i: (*scores.value[[IDS.index("S1"), IDS.index("S6")], i], -i))
+    best = nearest_layer(scores)
     entries = _layered(arrays | ({"baseline": twin.value} if twin else {}))
     entries |= _offsets(scores.offset, np.arange(len(canonical.layers)) == best) | _accuracy(asked, True, n_scored)
-    for name, mass in zip("BCx", scores.taps, strict=True):
+    for name, mass in scores.taps.items():
         entries[f"tap_mass_{name}"] = (
             ("layer", "lag"),
             mass,
             f"share of squared convolution weight that feeds {name}",
             "1",
         )
+    entries |= _parts(scores, canonical)
     if twin:
         entries["baseline_offset"] = (("layer",), twin.offset, "best offset of the randomised twin", "token")
     if len(scores.identity):
         text = "largest error of sum_s o_{t,s} + D path = out at the last scored query of each prompt, over max |out|"
         entries["identity_error"] = (("layer",), scores.identity, text, "1")
     entries |= _causal(interventions, 1 / len(asked.values), solved=True)
-    verdict = _verdict(scores, twin, best, int(canonical.layers[best]), asked)
-    attrs = _attrs(verdict, offsets, interventions, twin, bool(np.isnan(scores.low[0]).all()))
-    return described(entries, _coords(canonical.layers, interventions), attrs)
+    verdict = say(scores, twin, best, canonical.layers, asked)
+    attrs = _attrs(canonical.trace, verdict, offsets, interventions, twin, bool(np.isnan(scores.low[0]).all()))
+    return described(entries, _coords(canonical.trace, canonical.layers, interventions, canonical), attrs)
 
 
-def _verdict(scores: Scores, twin: Scores | None, best: int, layer: int, asked: Asked) -> str:
-    """What was found in the strongest layer, by `RULE`."""
-    rows = [IDS.index(name) for name in ("S1", "S3", "S6")]
-    value, low, null = (array[rows, best] for array in (scores.value, scores.low, scores.null))
-    if twin:
-        null = np.maximum(null, twin.value[rows, best])
-    found = np.all(np.where(np.isnan(low), value, low) > (1 + null) / 2)
-    said = ", ".join(
-        f"{name} {v:.2f} (null {n:.2f})" for name, v, n in zip(("S1", "S3", "S6"), value, null, strict=True)
-    )
-    head = f"recall circuit in layer {layer}, written {scores.offset[best]} token(s) after the value"
-    if not found:
-        head = f"the task is solved, but no layer shows the key-value circuit; the nearest is layer {layer}"
-    accuracy = asked.correct.sum() / asked.query.sum()
-    return f"{head}: {said}; accuracy {accuracy:.2f} on {asked.query.sum()} queries"
-
-
-def _coords(layers: np.ndarray, interventions: xr.Dataset | None) -> dict[str, object]:
+def _coords(
+    trace: xr.Dataset, layers: np.ndarray, interventions: xr.Dataset | None, canonical: Canonical | None = None
+) -> dict[str, object]:
+    family = trace.attrs["family"]
     coords: dict[str, object] = {
         "layer": layers,
         "signature": list(IDS),
         "label": ("signature", [signature.label for signature in SIGNATURES]),
-        "ideal": ("signature", [signature.ideal for signature in SIGNATURES]),
+        "ideal": ("signature", ideals(family)),
+        "absent": ("signature", absent(family, "u" in trace)),
     }
+    if canonical is not None:
+        coords[canonical.head_dim] = canonical.heads
     if interventions is not None:
         names = interventions["intervention"].values.tolist()
         coords["intervention"] = [name for name in names if name != "none"]
@@ -287,23 +294,32 @@ def _coords(layers: np.ndarray, interventions: xr.Dataset | None) -> dict[str, o
 
 
 def _attrs(
-    verdict: str, offsets: tuple[int, ...], interventions: xr.Dataset | None, twin: Scores | None, unbounded: bool
-) -> dict[str, str]:
+    trace: xr.Dataset, verdict: str, offsets: tuple[int, ...], interventions: xr.Dataset | None, twin: Scores | None,
+    unbounded: bool,
+) -> dict[str, str]:  # fmt: skip
+    without = absent(trace.attrs["family"], "u" in trace)
+    measured = [signature for signature, why in zip(SIGNATURES, without, strict=True) if not why]
+    reasons = {why: ", ".join(s.id for s, w in zip(SIGNATURES, without, strict=True) if w == why) for why in without}
     shares = (
         "(acc_none - acc_edit) / (acc_none - chance), chance = 1 / values; Newcombe 95 % interval, denominator fixed"
     )
     return {
         "analysis": "recall_circuit",
+        "family": trace.attrs["family"],
+        "model": str(trace.attrs.get("model", "")),
         "verdict": verdict,
         "verdict_rule": RULE,
-        "estimator": "; ".join(f"{s.id}: {s.estimator}" for s in SIGNATURES),
-        "null": "closed form, before the choice of the offset. " + "; ".join(f"{s.id}: {s.null}" for s in SIGNATURES),
+        "estimator": "; ".join(f"{s.id}: {s.estimator}" for s in measured),
+        "absent": "; ".join(f"{names}: {why}" for why, names in reasons.items() if why),
+        "null": "closed form, before the choice of the offset. " + "; ".join(f"{s.id}: {s.null}" for s in measured),
         "baseline_estimator": "randomised twin, all queries, own best offset" if twin else "none given",
         "interval": "none: fewer than two scored prompts" if unbounded else
-        "95 %, percentiles of a bootstrap over prompts, offset held at its choice; S10 is static and has none",
-        "reduces_over": "S1, S3, S5, S6: correct queries; S7, S8, S9: valid tokens of the scored prompts; all channels",
+        "95 %, percentiles of a bootstrap over prompts, offset held at its choice; S10, S12 and S13 have none",
+        "reduces_over": "S1 to S6: correct queries; S7, S8, S9: valid tokens of the scored prompts; S11: writes and "
+        "queries of those prompts; S12, S13: the keys and values of the task; all channels",
         "offset_choice": f"best of {', '.join(map(str, offsets))} in each layer: largest S1, then S6, then the first",
-        "path": "linear: W_out, then norm_f and unembedding; norms frozen at their scale (epsilon left out), a gated "
-        "norm's weight multiplies W_out; later layers are not followed; S5, S6: groups of B and C are further states",
+        "path": "direct attribution of each layer alone: W_out, then norm_f and unembedding; norms frozen at their "
+        "scale (epsilon left out), a gated norm's weight multiplies W_out; what later layers make of it is not "
+        "followed; S5, S6: groups of B and C are further states",
         "causal_estimator": "none: interventions=probe.intervene(task, edits)" if interventions is None else shares,
     }  # fmt: skip

@@ -8,6 +8,8 @@ import xarray as xr
 from jaxtyping import Float
 
 from mamba_probe.analyses.common import style
+from mamba_probe.analyses.recall_circuit.diagram import diagram
+from mamba_probe.trace.contract import unknown_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,28 +23,36 @@ TWIN: dict[str, Any] = {"marker": "o", "markersize": 7, "markerfacecolor": "whit
 IDEAL: dict[str, Any] = {"marker": "D", "markersize": 9, "markerfacecolor": "none", "color": "black", "zorder": 1}
 
 
-def plot(result: xr.Dataset, ax: "Axes | None" = None, *, layer: int | None = None) -> "Axes":
-    """Draw a result of `measure`: a row a signature, and below a row an edit.
+KINDS = ("signatures", "diagram")
+
+
+def plot(result: xr.Dataset, ax: "Axes | None" = None, *, layer: int | None = None, kind: str = "signatures") -> "Axes":
+    """Draw a result of `measure`: a row a signature, and below a row an edit; or the circuit's diagram.
 
     Dots are measured values with 95 % intervals, bars reach to them from chance, diamonds are the closed-form circuit.
-    Without a circuit the axes say why. S8 has another scale and no ideal, and is not drawn.
+    Without a circuit the axes say why. Not drawn: S8, which has another scale and no ideal, and what was not measured.
 
     Args:
         result: from `measure`.
         ax: where to draw; None: new axes.
         layer: the model's own layer number; None: the one with the largest S1.
+        kind: "signatures", or "diagram" (see `diagram`).
 
     Raises:
-        ValueError: `layer` is not in the result, or it is a result of another analysis.
+        ValueError: another kind, `layer` is not in the result, or it is a result of another analysis.
     """
     style.check(result, "recall_circuit")
-    panel: Axes = style.axes(ax)
+    if kind not in KINDS:
+        raise unknown_name("kind", kind, KINDS)
+    if kind == "diagram":
+        return diagram(result, ax, layer=layer)
+    panel: Axes = _tall() if ax is None else ax
     if layer is not None and layer not in result["layer"].values:
         raise ValueError(f"layer {layer} is not in the result; it holds {result['layer'].values.tolist()}")
     if not bool(result["solved"]):
         return _say(panel, result)
     shown = result.isel(layer=int(result["strongest"].values.argmax())) if layer is None else result.sel(layer=layer)
-    shown = shown.isel(signature=np.isfinite(shown["ideal"].values))
+    shown = shown.isel(signature=np.isfinite(shown["ideal"].values) & np.isfinite(shown["value"].values))
     rows = np.arange(shown.sizes["signature"], dtype=float)
     names = [_name(*both) for both in zip(shown["signature"].values, shown["label"].values, strict=True)]
     _signatures(panel, rows, shown)
@@ -53,8 +63,15 @@ def plot(result: xr.Dataset, ax: "Axes | None" = None, *, layer: int | None = No
     return _finish(panel, rows, names, shown)
 
 
+def _tall() -> "Axes":
+    """New axes with room for a row each."""
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=(7.0, 5.4), layout="constrained")[1]
+
+
 def _name(signature: object, label: object) -> str:
-    return f"{label}  {str(signature).split('_')[0]}"
+    return f"{label}  {str(signature).replace('_', ' ')}"
 
 
 def _signatures(ax: "Axes", rows: Float[np.ndarray, " row"], shown: xr.Dataset) -> None:
@@ -79,7 +96,7 @@ def _points(
 
 def _causes(ax: "Axes", rows: Float[np.ndarray, " row"], shown: xr.Dataset) -> None:
     share, low, high = (shown[name].values for name in ("causal_share", "causal_low", "causal_high"))
-    _points(ax, rows, share, low, high, np.zeros(len(rows)), CAUSE, "causal share of an edit, 95 % interval")
+    _points(ax, rows, share, low, high, np.zeros(len(rows)), CAUSE, "causal share, 95 % interval")
     ax.axhline(rows[0] - 1, color="0.6", linewidth=0.8)
 
 
@@ -88,7 +105,8 @@ def _finish(ax: "Axes", rows: Float[np.ndarray, " row"], names: list[str], shown
     ax.set_ylim(rows[-1] + 0.7, -0.7)
     left, right = ax.get_xlim()
     ax.set_xlim(min(left, 0.0) - 0.05, max(right, 1.05))
-    ax.set_xlabel(f"value in layer {int(shown['layer'])}, write offset {int(shown['offset'])}")
+    model = f" of {shown.attrs['model']}" if shown.attrs.get("model") else ""
+    ax.set_xlabel(f"value in layer {int(shown['layer'])}{model}, write offset {int(shown['offset'])}")
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="x", color="0.9", linewidth=0.6)

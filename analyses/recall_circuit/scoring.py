@@ -17,12 +17,20 @@ from mamba_probe.analyses.recall_circuit.core import (
     ratio,
     readout,
     relative_tap,
-    tally,
 )
-from mamba_probe.analyses.recall_circuit.signatures import ACTIVATION
+from mamba_probe.analyses.recall_circuit.features import conjunction, selection
+from mamba_probe.analyses.recall_circuit.signatures import ACTIVATION, IDS, absent
 from mamba_probe.analyses.recall_circuit.static import LayerWeights, layer_weights
+from mamba_probe.analyses.recall_circuit.swaps import input_error, lag_swap
+from mamba_probe.analyses.recall_circuit.tally import tally
 
 __all__ = ["Scores", "score"]
+
+TALLIED = (*ACTIVATION, "S11_B", "S11_C", "S11_x")
+"""Signatures of prompts, in the order of the tallies; the others come from weights, or weights and token features."""
+
+RECOMPUTED = 0.05
+"""Largest error of x recomputed from the mixer's input, over max |x|: what bf16 leaves, and no more."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,10 @@ class Scores:
     Attributes:
         value, null, low, high: measured, closed-form null, 95 % interval over prompts.
         offset: the offset chosen, by the largest S1, then the largest S6, then the order given.
-        taps: m_B, m_C, m_x.
+        taps: shares of squared convolution weight by lag, of each path that the family has.
+        carried: share of the answer's logit that runs through each head, |L_{t,s*}[v*]| by head.
+        matched: share of the match |C_t[n] B_s*[n]| by group and state; NaN where both are constant.
+        shifted: share of B's taps' squared weight that each feature has at lag offset + 1; empty without B.
         identity: `core.identity_error` at the last scored query, the largest over prompts; empty without `out`.
     """
 
@@ -41,8 +52,22 @@ class Scores:
     low: Float[np.ndarray, "signature layer"]
     high: Float[np.ndarray, "signature layer"]
     offset: Int[np.ndarray, " layer"]
-    taps: Float[np.ndarray, "path=3 layer lag"]
+    taps: dict[str, Float[np.ndarray, "layer lag"]]
+    carried: Float[np.ndarray, "layer head"]
+    matched: Float[np.ndarray, "layer group state"]
+    shifted: Float[np.ndarray, "layer feature"]
     identity: Float[np.ndarray, " layer_with_out"]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer: tallies of every offset and prompt, what heads and states carry, and the identity's error."""
+
+    tallies: Float[np.ndarray, "offset row kind signature part"]
+    carried: Float[np.ndarray, "offset head"]
+    matched: Float[np.ndarray, "offset group state"]
+    identity: float | None
+    static: LayerWeights
 
 
 def score(
@@ -50,35 +75,37 @@ def score(
     offsets: Sequence[int], n_bootstrap: int, seed: int,
 ) -> Scores:  # fmt: skip
     """Score `questions` (batch index -> its queries) in every layer."""
-    layers = [
-        _layer(
-            canonical,
-            i,
-            layer_weights(weights, int(layer), canonical.trace.attrs["family"]),
-            weights,
-            questions,
-            values,
-            offsets,
-        )
-        for i, layer in enumerate(canonical.layers)
-    ]
-    tallies = np.stack([layer[0] for layer in layers])
-    best = [_best_offset(ratio_of(one.sum(axis=1))) for one in tallies]
-    chosen = np.stack([one[i] for one, i in zip(tallies, best, strict=True)], axis=-2)
-    value, null = ratio_of(chosen.sum(axis=0))
-    low, high = interval(
-        lambda draws: ratio_of(np.tensordot(draws, chosen[:, 0], axes=1)), len(chosen), n_bootstrap, seed
+    layers = [_layer(canonical, i, weights, questions, values, offsets, seed) for i in range(canonical.n_layers)]
+    best = [_best_offset(ratio_of(one.tallies.sum(axis=1))) for one in layers]
+    chosen = np.stack([one.tallies[i] for one, i in zip(layers, best, strict=True)], axis=-2)
+    measured = ratio_of(chosen.sum(axis=0))
+    bounds = interval(lambda draws: ratio_of(np.tensordot(draws, chosen[:, 0], axes=1)), len(chosen), n_bootstrap, seed)
+    found = dict(zip(("value", "null", "low", "high"), (_spread(each) for each in (*measured, *bounds)), strict=True))
+    for i, one in enumerate(layers):
+        for name, (value, null) in _of_weights(canonical, i, one.static, offsets[best[i]]).items():
+            found["value"][IDS.index(name), i], found["null"][IDS.index(name), i] = value, null
+    found["null"][[bool(why) for why in absent(canonical.trace.attrs["family"], "u" in canonical.trace)]] = np.nan
+    carried, matched = (
+        np.array([getattr(one, of)[i] for one, i in zip(layers, best, strict=True)]) for of in ("carried", "matched")
     )
-    taps = np.stack([layer[1] for layer in layers], axis=1)
-    uniform = np.full(taps.shape[-1], 1 / taps.shape[-1])
-    shift = [relative_tap(one[0], one[2]) for one in taps.transpose(1, 0, 2)]
-    unknown = np.full((2, len(layers)), np.nan)
     return Scores(
-        np.vstack([value, shift, taps[1, :, 0]]),
-        np.vstack([null, np.full(len(layers), relative_tap(uniform, uniform)), np.full(len(layers), uniform[0])]),
-        np.vstack([low, unknown]), np.vstack([high, unknown]),
-        np.array([offsets[i] for i in best]), taps, np.array([layer[2] for layer in layers if layer[2] is not None]),
-    )  # fmt: skip
+        **found,
+        offset=np.array([offsets[i] for i in best]),
+        taps={name: np.array([one.static.paths[name].taps for one in layers]) for name in layers[0].static.paths},
+        carried=ratio(carried, carried.sum(axis=1, keepdims=True)),
+        matched=ratio(matched, matched.sum(axis=(1, 2), keepdims=True)),
+        shifted=np.array([_shifted(one.static, offsets[i] + 1) for one, i in zip(layers, best, strict=True)]),
+        identity=np.array([one.identity for one in layers if one.identity is not None]),
+    )
+
+
+def _shifted(static: LayerWeights, lag: int) -> Float[np.ndarray, " feature"]:
+    """Share of B's taps' squared weight, over all lags, that each feature has at one lag."""
+    if "B" not in static.paths:
+        return np.zeros(0)
+    mass = static.paths["B"].mass[:, None] * static.paths["B"].conv ** 2
+    at = mass[:, lag] if lag < mass.shape[1] else np.zeros(len(mass))
+    return ratio(at, mass.sum(keepdims=True)[0])
 
 
 def ratio_of(tallied: Float[np.ndarray, "*any part=2"]) -> Float[np.ndarray, "*any"]:
@@ -86,33 +113,80 @@ def ratio_of(tallied: Float[np.ndarray, "*any part=2"]) -> Float[np.ndarray, "*a
     return ratio(tallied[..., 0], tallied[..., 1])
 
 
+def _spread(tallied: Float[np.ndarray, "tallied layer"]) -> Float[np.ndarray, "signature layer"]:
+    """From the order of the tallies to that of all signatures, NaN for the others."""
+    full = np.full((len(IDS), tallied.shape[1]), np.nan)
+    full[[IDS.index(name) for name in TALLIED]] = tallied
+    return full
+
+
 def _best_offset(value: Float[np.ndarray, "offset kind signature"]) -> int:
-    pair, match = value[:, 0, ACTIVATION.index("S1")], value[:, 0, ACTIVATION.index("S6")]
+    pair, match = value[:, 0, TALLIED.index("S1")], np.nan_to_num(value[:, 0, TALLIED.index("S6")])
     return max(range(len(value)), key=lambda i: (pair[i], match[i], -i))
 
 
 def _layer(
-    canonical: Canonical, i: int, static: LayerWeights, weights: xr.Dataset, questions: dict[int, Questions],
-    values: Int[np.ndarray, " value"], offsets: Sequence[int],
-) -> tuple[Float[np.ndarray, "offset row kind signature part"], Float[np.ndarray, "3 lag"], float | None]:  # fmt: skip
-    """Tallies, tap masses and the identity's error of one layer."""
+    canonical: Canonical, i: int, weights: xr.Dataset, questions: dict[int, Questions],
+    values: Int[np.ndarray, " value"], offsets: Sequence[int], seed: int,
+) -> _Layer:  # fmt: skip
+    """Tallies of one layer."""
+    static = layer_weights(weights, int(canonical.layers[i]), canonical.trace.attrs["family"])
     rows = weights["unembedding"].isel(vocab=values).values.astype(np.float64)
     read = readout(rows, weights["norm_f"].values.astype(np.float64), static.out_proj)
-    tallies, errors = [], []
+    tallies, swapped, errors = [], [], []
     for row, asked in questions.items():
         prompt = _prompt(canonical, i, row)
-        scale = _scale(prompt, static, asked.query)
-        tallies.append([tally(prompt, read, static.out_energy, asked, offset, scale) for offset in offsets])
+        tallies.append(tally(prompt, read, static.out_energy, asked, offsets, _scale(prompt, static, asked.query)))
+        swapped.append(_swapped(canonical, i, row, prompt, static, asked, offsets, seed))
         if "out" in canonical.trace:
             last, out = int(asked.query.max()), canonical.load("out", i, row)
             gated = gated_output(prompt, static.skip, last)
             errors.append(identity_error(gated, static.out_proj, out[last], static.norm_groups))
-    return np.stack(tallies, axis=1), static.taps, max(errors, default=None)
+    totals = [np.concatenate([one.totals, swap], axis=2) for one, swap in zip(tallies, swapped, strict=True)]
+    carried, matched = (np.sum([getattr(one, of) for one in tallies], axis=0) for of in ("carried", "matched"))
+    return _Layer(np.stack(totals, axis=1), carried, matched, max(errors, default=None), static)
+
+
+def _swapped(
+    canonical: Canonical, i: int, row: int, prompt: Prompt, static: LayerWeights, asked: Questions,
+    offsets: Sequence[int], seed: int,
+) -> Float[np.ndarray, "offset kind=2 path=3 part=2"]:  # fmt: skip
+    """S11 of one prompt, NaN without the mixer's input.
+
+    Raises:
+        ValueError: the input and the weights do not give the recorded x.
+    """
+    if "u" not in canonical.trace:
+        return np.full((len(offsets), 2, 3, 2), np.nan)
+    inputs = canonical.load("u", i, row)
+    error = input_error(inputs, static.paths["x"], prompt.x)
+    if error > RECOMPUTED:
+        raise ValueError(
+            f"`u` of layer {canonical.layers[i]} and the weights give an x that is {error:.2g} from the recorded one: "
+            "the layer was recorded under an edit, or has a bias in in_proj. Leave `u` out of variables="
+        )
+    return lag_swap(inputs, static.paths, asked, offsets, seed)
+
+
+def _of_weights(canonical: Canonical, i: int, static: LayerWeights, offset: int) -> dict[str, tuple[float, float]]:
+    """Value and null of the signatures that are no sums over prompts: S10, S12 and S13."""
+    taps = {name: path.taps for name, path in static.paths.items()}
+    width = len(taps["x"])
+    uniform = np.full(width, 1 / width)
+    if "B" in taps:
+        shift = relative_tap(taps["B"], taps["x"]), relative_tap(uniform, uniform)
+        return {"S10_rel": shift, "S10_C0": (float(taps["C"][0]), 1 / width)}
+    at = dict(enumerate(taps["x"].tolist()))
+    found = {f"S10_x{j}": (at.get(offset + j, 0.0), 1 / width) for j in (0, 1)}
+    if "u" in canonical.trace and offset + 1 < width:
+        values = conjunction(canonical, i, static.paths["x"], offset)
+        found |= {name: (value, 0.0) for name, value in zip(("S12", "S13"), values, strict=True)}
+    return found
 
 
 def _prompt(canonical: Canonical, layer: int, row: int) -> Prompt:
     """One block of the trace, valid tokens only, in float64."""
-    step, (B, C) = canonical.row(layer, row), canonical.selection(layer, row)
+    step, (B, C) = canonical.row(layer, row), selection(canonical, layer, row)
     shape = (*step.delta.shape, -1)
     x, z = (canonical.load(name, layer, row).reshape(shape) for name in ("x", "z"))
     return Prompt(step.delta, step.cumulative, canonical.matrix(layer), B, C, x, z, canonical.zoh)

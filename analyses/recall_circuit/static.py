@@ -14,7 +14,38 @@ __all__ = ["LayerWeights", "check_weights", "layer_weights"]
 NEEDED = {
     "mamba": ("conv", "x_proj_B", "x_proj_C", "out_proj", "D", "unembedding", "norm_f"),
     "mamba2": ("conv_x", "conv_B", "conv_C", "out_proj", "D", "unembedding", "norm_f"),
+    "s4d": ("conv", "out_proj", "D", "unembedding", "norm_f"),
 }
+INPUTS = {
+    "mamba": ("in_proj_x",), "mamba2": ("in_proj_x", "in_proj_B", "in_proj_C"), "s4d": ("in_proj_x",),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Path:
+    """From the mixer's input to B, C or x: features, their convolution, SiLU, and what reads them.
+
+    Attributes:
+        in_proj: feature from the mixer's input; None when the weights lack it.
+        conv: taps of each feature.
+        bias: of the convolution.
+        read: rows of x_proj, or one weight a feature.
+    """
+
+    in_proj: Float[np.ndarray, "feature model"] | None
+    conv: Float[np.ndarray, "feature lag"]
+    bias: Float[np.ndarray, " feature"]
+    read: Float[np.ndarray, "row feature"] | Float[np.ndarray, " feature"]
+
+    @property
+    def mass(self) -> Float[np.ndarray, " feature"]:
+        """How much of each feature's square is read."""
+        return self.read**2 if self.read.ndim == 1 else (self.read**2).sum(axis=0)
+
+    @property
+    def taps(self) -> Float[np.ndarray, " lag"]:
+        """Share of squared convolution weight by lag."""
+        return tap_mass(self.conv, self.mass)
 
 
 @dataclass(frozen=True)
@@ -25,13 +56,13 @@ class LayerWeights:
         out_proj: mixer output from the gated scan output; a gated norm's weight is multiplied in (its scale is frozen).
         skip: D.
         norm_groups: groups of the gated norm before `out_proj`, as many as B has; 0: no norm.
-        taps: m_B, m_C, m_x, the shares of squared convolution weight by lag.
+        paths: by what they feed: B, C and x; S4D: x.
     """
 
     out_proj: Float[np.ndarray, "model head head_channel"]
     skip: Float[np.ndarray, " head"]
     norm_groups: int
-    taps: Float[np.ndarray, "path=3 lag"]
+    paths: dict[str, Path]
 
     @property
     def out_energy(self) -> Float[np.ndarray, "head head_channel"]:
@@ -53,6 +84,10 @@ def check_weights(weights: xr.Dataset | None, canonical: Canonical) -> xr.Datase
             f"weights lack {', '.join(missing)}; they hold {sorted(map(str, weights.data_vars))}. "
             "Pass probe.weights() of a language model: `unembedding` and `norm_f` read the values out."
         )
+    if "u" in canonical.trace:
+        missing = [name for name in INPUTS[canonical.trace.attrs["family"]] if name not in weights]
+        if missing:
+            raise ValueError(f"the trace has the mixer's input `u`, and weights lack {', '.join(missing)} to follow it")
     absent = sorted(set(canonical.layers.tolist()) - set(weights["layer"].values.tolist()))
     if absent:
         raise ValueError(f"weights lack layer {absent} of the trace; they hold {weights['layer'].values.tolist()}")
@@ -69,14 +104,29 @@ def check_weights(weights: xr.Dataset | None, canonical: Canonical) -> xr.Datase
 
 def layer_weights(weights: xr.Dataset, layer: int, family: str) -> LayerWeights:
     """One layer of `probe.weights()`, by its label, in float64."""
-    get = {str(name): array.values.astype(np.float64) for name, array in weights.sel(layer=layer).items()}
-    out_proj = get["out_proj"][..., None] if family == "mamba" else get["out_proj"] * get.get("norm", 1.0)
-    energy = (out_proj**2).sum(axis=0)
-    if family == "mamba":
-        read = ((get["x_proj_B"] ** 2).sum(axis=0), (get["x_proj_C"] ** 2).sum(axis=0), energy[:, 0])
-        taps = [tap_mass(get["conv"], weight) for weight in read]
+    get = {
+        str(name): array.values.astype(np.float64)
+        for name, array in weights.sel(layer=layer).items()
+        if not np.iscomplexobj(array)
+    }
+    out_proj = get["out_proj"] * get.get("norm", 1.0) if family == "mamba2" else get["out_proj"][..., None]
+    read = np.sqrt((out_proj**2).sum(axis=0)).ravel()
+    if family == "mamba2":
+        paths = {name: _path(get, f"_{name}", read if name == "x" else None) for name in "BCx"}
     else:
-        conv = [get[name].reshape(-1, get[name].shape[-1]) for name in ("conv_B", "conv_C", "conv_x")]
-        read = (np.ones(len(conv[0])), np.ones(len(conv[1])), energy.ravel())
-        taps = [tap_mass(taps, weight) for taps, weight in zip(conv, read, strict=True)]
-    return LayerWeights(out_proj, get["D"], weights.sizes["group"] if "norm" in get else 0, np.array(taps))
+        fed = {"x": read} | ({name: get[f"x_proj_{name}"] for name in "BC"} if family == "mamba" else {})
+        paths = {name: _path(get, "", rows) for name, rows in fed.items()}
+    return LayerWeights(out_proj, get["D"], weights.sizes["group"] if "norm" in get else 0, paths)
+
+
+def _path(
+    get: dict[str, np.ndarray],
+    of: str,
+    read: Float[np.ndarray, "row feature"] | Float[np.ndarray, " feature"] | None,
+) -> Path:
+    """The path whose weights are named conv`of`, in_proj`of` (x's: in_proj_x) and conv_bias`of`."""
+    conv = get[f"conv{of}"].reshape(-1, get[f"conv{of}"].shape[-1])
+    name, bias = f"in_proj{of or '_x'}", get.get(f"conv_bias{of}")
+    in_proj = get[name].reshape(len(conv), -1) if name in get else None
+    ones = np.ones(len(conv))
+    return Path(in_proj, conv, 0 * ones if bias is None else bias.ravel(), ones if read is None else read)

@@ -1,90 +1,38 @@
-"""Kernels of a scan and their coordinates in an orthonormal wavelet basis: arrays in, arrays out.
-
-Coefficients are ordered coarse to fine: the scaling function, then level log2 W (one wavelet as long as the window W),
-down to level 1 (W / 2 wavelets of two tokens for Haar). Level 0 names the scaling function, which is no wavelet.
-"""
+"""Kernels and their coordinates in an orthonormal basis: arrays in, arrays out."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pywt
 import scipy.linalg
-from jaxtyping import Float, Int
-from pywt import Wavelet, wavelist  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without stubs
+from jaxtyping import Bool, Float, Int
+from numpy.lib.stride_tricks import sliding_window_view
+
+from mamba_probe.analyses.lti_limits import core as limits
+from mamba_probe.analyses.wavelet_alignment.basis import Basis
 
 __all__ = [
     "best_wavelet",
     "coarse_cosines",
-    "coefficients",
     "compaction",
+    "discontinuity_index",
     "effective_rank",
-    "levels",
+    "fourier",
+    "lti_order",
     "needed",
     "normalised",
-    "orthonormal_wavelet",
-    "read",
-    "window_length",
+    "spike_cosine",
 ]
 
 RANK_TOLERANCE = 1e-6
 """Pivots below this share of the largest are rounding of fp32 recordings, and outside the kernels' span; so is a
 read-out that cancels to below this share of its terms."""
 
-DISCRETE = tuple(wavelist(kind="discrete"))
+RANGE_TOLERANCE = 1e-3
+"""A kernel whose range is below this share of its peak is constant to a recording's rounding: it has no step."""
 
-SHORTEST = 4
-"""Fewest tokens in which wavelets of two scales exist."""
-
-
-def orthonormal_wavelet(name: str) -> str:
-    """The name of a wavelet whose periodised transform is orthonormal.
-
-    Raises:
-        ValueError: pywt does not know it as a discrete wavelet, or it is not orthonormal (bior, rbio, dmey).
-
-    >>> orthonormal_wavelet("haar")
-    'haar'
-    """
-    if name not in DISCRETE:
-        raise ValueError(
-            f"unknown wavelet {name!r}: needed is an orthonormal discrete wavelet of pywt, as 'haar', 'db2' or 'sym4'"
-        )
-    wavelet = Wavelet(name)
-    taps = np.asarray(wavelet.dec_lo)
-    overlap = np.correlate(taps, taps, "full")[len(taps) - 1 :: 2]
-    if not wavelet.orthogonal or np.abs(overlap - np.eye(1, len(overlap))[0]).max() > 1e-8:
-        raise ValueError(
-            f"wavelet {name!r} is not orthonormal, so energies and cosines would not add up; use 'haar' or 'db2'"
-        )
-    return name
-
-
-def window_length(n_tokens: int) -> int:
-    """The dyadic window rule: the last 2^floor(log2 n) of n valid tokens, never padded.
-
-    Raises:
-        ValueError: fewer than 4 tokens.
-
-    >>> window_length(100)
-    64
-    """
-    if n_tokens < SHORTEST:
-        raise ValueError(f"a wavelet window needs at least {SHORTEST} valid tokens up to the query; got {n_tokens}")
-    return 1 << (n_tokens.bit_length() - 1)
-
-
-def read(
-    read_out: Float[np.ndarray, "kernel head"], kernel: Float[np.ndarray, "head token"]
-) -> Float[np.ndarray, "kernel token"]:
-    """Kernels after a read-out; one that cancels to rounding (`RANK_TOLERANCE` of its terms) becomes exactly zero.
-
-    >>> read(np.array([[1.0, -1.0], [1.0, 1.0]]), np.array([[1.0, 2.0], [1.0, 2.0]])).tolist()
-    [[0.0, 0.0], [2.0, 4.0]]
-    """
-    found = read_out @ kernel
-    terms = np.max(np.abs(read_out) @ np.abs(kernel), axis=1)
-    return np.where((np.abs(found).max(axis=1) > RANK_TOLERANCE * terms)[:, None], found, 0.0)
+SPIKE_WINDOW = 1024
+"""Longest window in which the reference of a single token is computed; longer ones have the same."""
 
 
 def normalised(kernel: Float[np.ndarray, "kernel token"]) -> Float[np.ndarray, "kernel token"]:
@@ -98,30 +46,16 @@ def normalised(kernel: Float[np.ndarray, "kernel token"]) -> Float[np.ndarray, "
     return scaled / np.sqrt(np.sum(scaled**2, axis=1, keepdims=True))
 
 
-def coefficients(kernel: Float[np.ndarray, "kernel token"], wavelet: str) -> Float[np.ndarray, "kernel token"]:
-    """Coordinates in the periodised orthonormal basis of `wavelet`, all levels, coarse to fine.
+def fourier(kernel: Float[np.ndarray, "kernel token"]) -> Float[np.ndarray, "kernel frequency"]:
+    """Moduli of the unitary DFT, conjugate frequencies both: the reference basis of as many functions.
 
-    >>> coefficients(np.ones((1, 4)), "haar").round(6).tolist()
-    [[2.0, 0.0, 0.0, 0.0]]
+    >>> fourier(np.array([[1.0, -1.0, 1.0, -1.0]])).round(6).tolist()
+    [[0.0, 0.0, 2.0, 0.0]]
     """
-    smooth, details = kernel, []
-    while smooth.shape[1] > 1:
-        smooth, detail = pywt.dwt(smooth, wavelet, mode="periodization", axis=1)
-        details.append(detail)
-    return np.concatenate([smooth, *reversed(details)], axis=1)
+    return np.abs(np.fft.fft(kernel, axis=1, norm="ortho"))
 
 
-def levels(window: int) -> Int[np.ndarray, " coefficient"]:
-    """Level of each coefficient: 0 the scaling function, then log2 W once, down to 1, W / 2 times.
-
-    >>> levels(8).tolist()
-    [0, 3, 2, 2, 1, 1, 1, 1]
-    """
-    depth = window.bit_length() - 1
-    return np.concatenate([[0], np.repeat(np.arange(depth, 0, -1), 2 ** np.arange(depth))])
-
-
-def compaction(coefficient: Float[np.ndarray, "kernel token"]) -> Float[np.ndarray, "kernel token"]:
+def compaction(coefficient: Float[np.ndarray, "kernel coefficient"]) -> Float[np.ndarray, "kernel coefficient"]:
     """Share of the energy in the largest 1, 2, .. coefficients of unit-energy kernels.
 
     >>> compaction(np.array([[0.6, 0.8]])).round(2).tolist()
@@ -131,7 +65,9 @@ def compaction(coefficient: Float[np.ndarray, "kernel token"]) -> Float[np.ndarr
     return np.cumsum(energy, axis=1) / np.sum(energy, axis=1, keepdims=True)
 
 
-def needed(compacted: Float[np.ndarray, "kernel token"], share: Sequence[float]) -> Float[np.ndarray, "kernel share"]:
+def needed(
+    compacted: Float[np.ndarray, "kernel coefficient"], share: Sequence[float]
+) -> Float[np.ndarray, "kernel share"]:
     """How many coefficients hold each share of the energy; NaN for kernels without energy.
 
     >>> needed(np.array([[0.64, 1.0]]), (0.5, 0.9)).tolist()
@@ -141,7 +77,7 @@ def needed(compacted: Float[np.ndarray, "kernel token"], share: Sequence[float])
     return np.where(np.isnan(compacted[:, :1]), np.nan, counts)
 
 
-def effective_rank(coefficient: Float[np.ndarray, "kernel token"]) -> Float[np.ndarray, " kernel"]:
+def effective_rank(coefficient: Float[np.ndarray, "kernel coefficient"]) -> Float[np.ndarray, " kernel"]:
     """exp(-sum p ln p) of the energy shares p: how many coefficients a kernel is spread over.
 
     >>> effective_rank(np.full((1, 4), 0.5)).round(6).tolist()
@@ -152,41 +88,92 @@ def effective_rank(coefficient: Float[np.ndarray, "kernel token"]) -> Float[np.n
 
 
 def best_wavelet(
-    coefficient: Float[np.ndarray, "kernel token"],
+    coefficient: Float[np.ndarray, "kernel coefficient"], level: Int[np.ndarray, " coefficient"]
 ) -> tuple[Float[np.ndarray, " kernel"], Float[np.ndarray, " kernel"], Float[np.ndarray, " kernel"]]:
-    """|cosine|, level and shift of the single wavelet (scaling function excluded) nearest to each unit-energy kernel.
+    """|cosine|, level and shift of the single wavelet (level 0 excluded) nearest to each unit-energy kernel.
 
-    >>> [v.tolist() for v in best_wavelet(np.array([[0.0, 0.0, 0.0, 1.0]]))]
+    >>> found = best_wavelet(np.array([[0.0, 0.0, 0.0, 1.0]]), np.array([0, 2, 1, 1]))
+    >>> [value.tolist() for value in found]
     [[1.0], [1.0], [1.0]]
     """
-    level = levels(coefficient.shape[1])
     dead = np.isnan(coefficient[:, 0])
-    size = np.abs(np.where(dead[:, None], 0.0, coefficient[:, 1:]))
-    at = 1 + np.argmax(size, axis=1)
-    shift = at - 2 ** (np.log2(at).astype(int))
+    size = np.where(dead[:, None] | (level == 0), 0.0, np.abs(coefficient))
+    at = np.argmax(np.where(level == 0, -1.0, size), axis=1)
+    labels, start = np.unique(level, return_index=True)
+    shift = at - start[np.searchsorted(labels, level[at])]
     return np.where(dead, np.nan, size.max(axis=1)), np.where(dead, np.nan, level[at]), np.where(dead, np.nan, shift)
 
 
-def spike_cosine(window: int, wavelet: str) -> float:
+def spike_cosine(window: int, basis: Basis) -> float:
     """Mean |cosine| of a kernel that is one single token, anywhere in the window, with its best single wavelet.
 
     A reference for `best_wavelet`: large where a kernel is merely short.
 
-    >>> round(spike_cosine(8, "haar"), 6)
+    >>> round(spike_cosine(8, Basis("haar")), 6)
     0.707107
     """
-    return float(best_wavelet(coefficients(np.eye(window), wavelet))[0].mean())
+    size = min(window, SPIKE_WINDOW)
+    return float(best_wavelet(basis.transform(np.eye(size)), basis.levels(size))[0].mean())
+
+
+def discontinuity_index(kernel: Float[np.ndarray, "kernel token"]) -> Float[np.ndarray, " kernel"]:
+    """Largest step over the range, max_t |k(t+1) - k(t)| / (max k - min k); NaN for constant kernels.
+
+    >>> discontinuity_index(np.array([[0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 2.0, 4.0], [1.0, 1.0, 1.0, 1.0]])).tolist()
+    [1.0, 0.5, nan]
+    """
+    span, peak = np.ptp(kernel, axis=1), np.abs(kernel).max(axis=1)
+    stepped = span > RANGE_TOLERANCE * peak
+    return np.abs(np.diff(kernel, axis=1)).max(axis=1) / np.where(stepped, span, np.nan)
+
+
+def lti_order(kernel: Float[np.ndarray, "kernel token"], error: float, lags: int) -> Float[np.ndarray, " kernel"]:
+    """States that a time-invariant layer needs at least for each kernel, to a relative L2 error; NaN without energy.
+
+    The Hankel bound of `lti_limits.core.lti_order`, its singular values taken of many sub-ranges at once.
+
+    Args:
+        kernel: over a window that ends at the query.
+        error: of the whole kernel.
+        lags: only so many lags next to the query enter the bound, which then is one on the whole kernel too, if a
+            weaker one.
+
+    >>> lti_order(np.repeat([[1.0, -1.0]], 128, axis=1), 0.1, 256).tolist()
+    [20.0]
+    """
+    scaled = normalised(kernel)
+    near = np.nan_to_num(scaled[:, ::-1][:, :lags])
+    size = near.shape[1]
+    missed = np.zeros((len(near), (size + 1) // 2 + 1))
+    for part in limits.WINDOWS:
+        length = size // part
+        if length < limits.SHORTEST and part > 1:
+            break
+        found = _missed(sliding_window_view(near, length, axis=1)[:, :: max(1, length // 4)]).max(axis=1)
+        missed[:, : found.shape[1]] = np.maximum(missed[:, : found.shape[1]], found)
+    return np.where(np.isnan(scaled[:, 0]), np.nan, np.argmax(missed <= error**2, axis=1))
+
+
+def _missed(kernel: Float[np.ndarray, "*batch lag"]) -> Float[np.ndarray, "*batch count"]:
+    """Energy that 0, 1, .. exponentials must miss; singular values at rounding count as zero."""
+    p = (kernel.shape[-1] + 1) // 2
+    sigma = np.linalg.svd(sliding_window_view(kernel, kernel.shape[-1] + 1 - p, axis=-1), compute_uv=False)
+    tail = np.where(sigma > limits.RCOND * sigma[..., :1], sigma, 0.0) ** 2
+    left = np.cumsum(tail[..., ::-1], axis=-1)[..., ::-1] / p
+    return np.concatenate([left, np.zeros((*left.shape[:-1], 1))], axis=-1)
 
 
 def coarse_cosines(
-    coefficient: Float[np.ndarray, "kernel token"], n_coarse: int
+    coefficient: Float[np.ndarray, "kernel coefficient"], coarse: Bool[np.ndarray, " coefficient"]
 ) -> tuple[Float[np.ndarray, " angle"], int]:
-    """Cosines of the principal angles between the span of the kernels and the coarsest `n_coarse` basis functions.
+    """Cosines of the principal angles between the span of the kernels and some functions of the basis.
 
     Returns:
-        min(rank, n_coarse) cosines, largest first, and the numerical rank of the kernels (tolerance `RANK_TOLERANCE`).
+        min(rank, number of functions) cosines, largest first, and the numerical rank of the kernels (tolerance
+        `RANK_TOLERANCE`).
 
-    >>> coarse_cosines(np.array([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]]), 2)
+    >>> found = np.array([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+    >>> coarse_cosines(found, np.array([True, True, False, False]))
     (array([1., 0.]), 2)
     """
     if not len(coefficient):
@@ -195,4 +182,4 @@ def coarse_cosines(
     basis, triangle, _ = found
     pivots = np.abs(np.diag(triangle))
     rank = int(np.sum(pivots > RANK_TOLERANCE * pivots[0]))
-    return np.clip(scipy.linalg.svdvals(basis[:n_coarse, :rank]), 0.0, 1.0), rank
+    return np.clip(scipy.linalg.svdvals(basis[coarse, :rank]), 0.0, 1.0), rank

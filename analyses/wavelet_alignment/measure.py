@@ -1,178 +1,217 @@
-"""Trace in, wavelet alignment out: labels, validation and what each number means."""
+"""Trace or Jacobian in, wavelet alignment out: validation, and what each number means."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
 import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int
 
-from mamba_probe.analyses.common import Canonical, described, interval, refuse
-from mamba_probe.analyses.common.result import Entry
-from mamba_probe.analyses.wavelet_alignment import core, window
+from mamba_probe.analyses.common import described, refuse
+from mamba_probe.analyses.lti_limits.core import checked_counts
+from mamba_probe.analyses.wavelet_alignment import core, labels, summaries
+from mamba_probe.analyses.wavelet_alignment.basis import Basis, window_length
+from mamba_probe.analyses.wavelet_alignment.kernels import BlockKernels, Kernels, TraceKernels
+from mamba_probe.analyses.wavelet_alignment.statistics import ORDER_ERROR, SHARES, Settings, of_query
 
 __all__ = ["measure"]
 
-KERNELS = ("mixer",)
-LATER = ("write", "block")
 DEFAULT_LEVEL = 3
 LAST = -1
 """Label of the one query of each row where none was asked for: its last valid token."""
 
-SUMMARISED = ("best_cosine", "scaling_cosine", "capture", "wavelet_capture", "effective_rank")
+Queries = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | None
+Found = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: a wavelet, a coarse space, and each row's queries and windows (by index among valid tokens)."""
+    """What is measured of whom: each row's queries (by index among valid tokens) and windows, and the settings."""
 
-    wavelet: str
-    level: int
     at: Int[np.ndarray, "batch query_token"]
     window: Int[np.ndarray, "batch query_token"]
-    read_out: Float[np.ndarray, "kernel head"] | None
-
-    @property
-    def depth(self) -> int:
-        """log2 of the longest window."""
-        return int(self.window.max()).bit_length() - 1
+    settings: Settings
 
 
 def measure(
-    trace: xr.Dataset,
-    *,
-    query_tokens: Sequence[int] | Sequence[Sequence[int]] | np.ndarray | None = None,
-    kernel: str = "mixer",
-    wavelet: str = "haar",
-    level: int | None = None,
-    read_out: np.ndarray | xr.DataArray | None = None,
-    n_bootstrap: int = 200,
-    seed: int = 0,
-    weights: xr.Dataset | None = None,
-    interventions: xr.Dataset | None = None,
-    baseline: xr.Dataset | None = None,
-) -> xr.Dataset:
-    r"""Measure how nearly the kernels a layer executed are wavelets.
+    trace: xr.Dataset | None, *, query_tokens: Queries = None, kernel: str = "mixer", wavelet: str = "haar",
+    mode: str = "periodization", level: int | None = None, read_out: np.ndarray | xr.DataArray | None = None,
+    jacobian: xr.Dataset | None = None, baseline: xr.Dataset | None = None, n_sampled: int = 4, order_lags: int = 512,
+    exponentials: Sequence[int] = (), n_span: int = 512, n_kept: int = 0, n_bootstrap: int = 200, seed: int = 0,
+    weights: xr.Dataset | None = None, interventions: xr.Dataset | None = None,
+) -> xr.Dataset:  # fmt: skip
+    r"""Measure how nearly the kernels of a layer are wavelets.
 
-    The `mixer` kernel of a channel at query t is
-    $k_t[s] = \sum_n C_t[n] \exp(A_n \sum_{r=s+1}^{t} \Delta_r) \, \Delta_s B_s[n]$ (selection frozen at what was
-    executed; estimators ours), over the last $2^{\lfloor \log_2 n \rfloor}$ of the n valid tokens up to t. Each kernel
-    is scaled to unit energy; its coordinates in the periodised orthonormal basis give the numbers. The null, prefixed
-    `null_`, is the same layer made time-invariant: delta, B and C frozen to their means over the row. A slow
-    time-invariant layer has a constant kernel, which the *scaling function* matches: read `best_cosine` and
-    `wavelet_capture`, which leave it out, before `capture`.
+    Three kernels of a query t, never mixed (estimators ours):
+
+    - `mixer`: $k_t[s] = \sum_n C_t[n] \exp(A_n \sum_{r=s+1}^{t} \Delta_r) \, \Delta_s B_s[n]$, selection frozen at
+      what was executed;
+    - `write`: the same with B and C at one: what the step sizes alone can window;
+    - `block`: $k_t[s] = \partial\, \mathrm{out}_t / \partial u_s$, selection moving, from `probe.jacobian`.
+
+    In zoh (S4D) $\Delta_s$ stands for $\Delta_s \varphi_1(\Delta_s A_n)$; a complex state for its conjugate too (twice
+    the real part). Kernels run over the last $2^{\lfloor \log_2 n \rfloor}$ of the n valid tokens up to t, and are
+    scaled to unit energy. Beside the executed kernels: `null_*`, the layer made time-invariant, delta, B and C at
+    their means over the row (a slow one is constant: the *scaling function* matches it, so read `best_cosine` and
+    `wavelet_capture`, which leave that out, before `capture`); `null_shuffle_*`, delta permuted over the row;
+    `baseline_*`, another model; `dft_*`, the same kernels in the unitary DFT.
 
     Args:
-        trace: delta, A, B and C, with `valid` and `position`; in memory or on dask.
+        trace: delta and A, for "mixer" B and C too, with `valid` and `position`; in memory or on dask. With "block"
+            None, or a trace of the same model.
         query_tokens: positions among a row's valid tokens: (query_token,) for every row, or (batch, query_token) one
-            set a row; default: the last valid token of each.
-        kernel: "mixer".
+            set a row; default: the last valid token of each ("block": all queries of the Jacobian).
+        kernel: "mixer", "write" or "block".
         wavelet: an orthonormal discrete wavelet of pywt.
+        mode: "periodization", or "zero": the kernel as zero outside of its window.
         level: J of the coarse space, spanned by the scaling function and the 2^J - 1 coarsest wavelets;
             default 3, or less where the shortest window is below 16 tokens.
         read_out: (kernel, channel or head): then kernels are read_out @ (kernels of the channels), else the latter.
-        n_bootstrap: replicates of the interval over rows (95 %, percentile); NaN where there is one row.
-        seed: seed of the replicates.
-        weights: not used; refused: pass a read-out.
-        interventions: not used; refused.
-        baseline: not used; refused: the null comes from the trace.
+        jacobian: of `probe.jacobian(query_tokens=..., direction=..., read_out=...)`, for "block" only.
+        baseline: a trace of another model, as the randomised twin, on the same rows ("block": its Jacobian).
+        n_sampled: kernels a query, evenly spaced, of which `lti_order` and `exponential_error` are taken; NaN else.
+        order_lags: lags next to the query that enter `lti_order` (a bound on these is one on all, if a weaker one).
+        exponentials: numbers N of exponentials to fit (slow); beside each the error of as many wavelets.
+        n_span: kernels a query, evenly spaced, whose span is compared with the coarse space.
+        n_kept: kernels a layer, those nearest to a wavelet, kept with it for `plot(kind="kernels")`.
+        n_bootstrap: replicates of the interval (95 %, percentile) over rows; with one row over runs of its queries.
+        seed: seed of the replicates and of the shuffle.
+        weights, interventions: not used; refused.
 
     Returns:
-        Dataset over layer, batch, query_token and kernel; `layer_*` are means over the rest, live kernels only.
+        Dataset over layer, batch, query_token and kernel; `layer_*` are means (`discontinuity_index` and `lti_order`:
+        medians) over the rest, live kernels only. `null_shuffle_*` and `baseline_*` are of layers only.
 
     Raises:
-        ValueError: a missing variable, a window below 4 tokens, tokens with gaps, a wavelet that is unknown or not
-            orthonormal, a kernel other than "mixer", a query that a row lacks, a read-out of another shape.
+        ValueError: a missing variable, a window below 4 tokens, tokens with gaps, a wavelet or mode that does not keep
+            energies, an unknown kernel, a query that a row lacks, a read-out of another shape, a Jacobian of norms, a
+            baseline of other rows or layers, an argument that the kernel does not use.
 
     >>> import numpy as np, xarray as xr
-    >>> one = np.ones((1, 1, 8, 1, 1), "float32")
     >>> delta = np.where(np.arange(8) < 4, 1e-9, 1.0).astype("float32").reshape(1, 1, 8, 1)
     >>> trace = xr.Dataset(
     ...     {"delta": (("layer", "batch", "token", "channel"), delta),
-    ...      "B": (("layer", "batch", "token", "group", "state"), one),
-    ...      "C": (("layer", "batch", "token", "group", "state"), one),
     ...      "A": (("layer", "channel", "state"), np.full((1, 1, 1), -1e-9, "float32"))},
     ...     {"layer": [0], "valid": (("batch", "token"), np.ones((1, 8), bool)),
     ...      "position": (("batch", "token"), np.arange(8)[None])},
     ...     {"schema_version": 1, "family": "mamba", "discretization": "euler"})
-    >>> result = measure(trace)
+    >>> result = measure(trace, kernel="write")
     >>> round(result.best_cosine.item(), 6), round(result.null_best_cosine.item(), 6)
     (0.707107, 0.0)
+    >>> round(result.discontinuity_index.item(), 6)
+    1.0
     """
-    refuse("wavelet_alignment", weights=weights, interventions=interventions, baseline=baseline)
-    _check_kernel(kernel)
-    view = Canonical(trace, "delta", "A", "B", "C")
-    _check_discretization(trace)
-    plan = _plan(view, query_tokens, wavelet, level, read_out)
-    names, found = _labels(view, read_out), _measured(view, plan)
-    found |= _summaries(found, n_bootstrap, seed)
-    found["spike_best_cosine"] = np.asarray(core.spike_cosine(int(plan.window.max()), plan.wavelet))
-    return described(
-        {name: _entry(name, found[name]) for name in sorted(found)},
-        _coords(view, plan, query_tokens, names),
-        _attrs(view, plan, read_out is not None, n_bootstrap, seed),
-    )
+    refuse("wavelet_alignment", weights=weights, interventions=interventions)
+    source = _source(trace, kernel, read_out, jacobian, seed)
+    twin = None if baseline is None else _twin(source, baseline, kernel, read_out, seed)
+    limits = {"n_sampled": n_sampled, "order_lags": order_lags, "n_span": n_span}
+    plan = _plan(source, query_tokens, Basis(wavelet, mode), level, limits, exponentials)
+    found, totals = _measured(source, twin, plan)
+    for variant, sums in totals.items():
+        found |= summaries.summarised(sums, labels.PREFIX[variant], n_bootstrap, seed)
+    found["spike_best_cosine"] = np.asarray(core.spike_cosine(int(plan.window.max()), plan.settings.basis))
+    found |= _kept(source, plan, found["best_cosine"], n_kept)
+    coords = _coords(source, plan, query_tokens, found)
+    attrs = _attrs(source, baseline, plan, kernel, read_out is not None) | {
+        "model": str((trace if jacobian is None else jacobian).attrs.get("model", "model")),  # type: ignore[union-attr]
+        "n_bootstrap": str(n_bootstrap),
+        "seed": str(seed),
+    }
+    return described({name: labels.entry(name, found[name]) for name in sorted(found)}, coords, attrs)
 
 
-def _check_kernel(kernel: str) -> None:
-    if kernel in LATER:
+def _source(trace: xr.Dataset | None, kernel: str, read_out: object, jacobian: xr.Dataset | None, seed: int) -> Kernels:
+    if kernel not in labels.KERNELS:
+        close = get_close_matches(str(kernel), labels.KERNELS)
+        known = ", ".join(map(repr, labels.KERNELS))
         raise ValueError(
-            f"kernel {kernel!r} is not measured by this version; only 'mixer' is (from delta, A, B, C of a trace)"
+            f"unknown kernel {kernel!r}: " + (f"did you mean {close[0]!r}?" if close else f"known: {known}")
         )
-    if kernel not in KERNELS:
-        close = get_close_matches(str(kernel), KERNELS)
+    if kernel != "block":
+        if jacobian is not None:
+            raise ValueError(f"jacobian= is of kernel 'block', not of {kernel!r}; leave it None")
+        if trace is None:
+            raise ValueError(f"kernel {kernel!r} is measured from a trace; got None")
+        return TraceKernels(trace, kernel, read_out, seed)
+    if jacobian is None:
+        raise ValueError("kernel 'block' is measured from jacobian=probe.jacobian(query_tokens=..., direction=...)")
+    if read_out is not None:
+        raise ValueError("the read-out of kernel 'block' goes to probe.jacobian(read_out=...); leave it None here")
+    if trace is not None and trace.attrs.get("model_hash") != jacobian.attrs.get("model_hash"):
+        raise ValueError("trace and jacobian are of different models (attrs model_hash)")
+    return BlockKernels(jacobian)
+
+
+def _twin(source: Kernels, baseline: xr.Dataset, kernel: str, read_out: object, seed: int) -> Kernels:
+    """Kernels of the baseline, which must have the same rows and layers."""
+    twin = BlockKernels(baseline) if kernel == "block" else TraceKernels(baseline, kernel, read_out, seed)
+    if not np.array_equal(twin.layers, source.layers) or twin.n_rows != source.n_rows:
         raise ValueError(
-            f"unknown kernel {kernel!r}" + (f": did you mean {close[0]!r}?" if close else "; known is 'mixer'")
+            f"baseline needs the layers {source.layers.tolist()} and {source.n_rows} rows; got {twin.layers.tolist()} "
+            f"and {twin.n_rows}"
         )
-
-
-def _check_discretization(trace: xr.Dataset) -> None:
-    rule = trace.attrs.get("discretization")
-    if rule != "euler":
-        raise ValueError(f"wavelet_alignment writes delta B (discretization 'euler'); the trace says {rule!r}")
+    for row in range(source.n_rows):
+        if not np.array_equal(twin.positions(row), source.positions(row)):
+            raise ValueError(f"baseline needs the same valid tokens; row {row} has others")
+    return twin
 
 
 def _plan(
-    view: Canonical,
-    query_tokens: Sequence[int] | Sequence[Sequence[int]] | np.ndarray | None,
-    wavelet: str,
-    level: int | None,
-    read_out: object,
-) -> Plan:
-    basis = core.orthonormal_wavelet(wavelet)
-    asked = _asked(view, query_tokens)
-    at = np.array([_queries(view, row, None if asked is None else asked[row]) for row in range(view.n_rows)])
-    windows = np.array([[core.window_length(index + 1) for index in row] for row in at.tolist()])
+    source: Kernels, query_tokens: Queries, basis: Basis, level: int | None, limits: dict[str, int],
+    exponentials: Sequence[int],
+) -> Plan:  # fmt: skip
+    for name, value in limits.items():
+        if value < 2:
+            raise ValueError(f"{name} must be at least 2; got {value}")
+    asked = _asked(source, query_tokens)
+    at = np.array([_queries(source, row, None if asked is None else asked[row]) for row in range(source.n_rows)])
+    windows = np.array([[window_length(index + 1) for index in row] for row in at.tolist()])
     top = int(windows.min()).bit_length() - 2
     chosen = min(DEFAULT_LEVEL, top) if level is None else level
     if not 0 <= chosen <= top:
         raise ValueError(
             f"level must be 0 to {top} (2^level below the shortest window of {windows.min()} tokens); got {level}"
         )
-    return Plan(basis, chosen, at, windows, _read_out(view, read_out))
+    n_angles = max(int(basis.coarse(size, chosen).sum()) for size in set(windows.ravel().tolist()))
+    depth = int(windows.max()).bit_length() - 1
+    return Plan(
+        at, windows, Settings(basis, chosen, depth, n_angles, **limits, exponentials=_fits(exponentials, windows))
+    )
 
 
-def _asked(
-    view: Canonical, query_tokens: Sequence[int] | Sequence[Sequence[int]] | np.ndarray | None
-) -> Int[np.ndarray, "batch query_token"] | None:
+def _fits(exponentials: Sequence[int], windows: np.ndarray) -> tuple[int, ...]:
+    if not len(exponentials):
+        return ()
+    counts = tuple(checked_counts(exponentials, least=1).tolist())
+    if max(counts) >= windows.min() // 2:
+        raise ValueError(f"exponentials must be below half the shortest window of {windows.min()} tokens; got {counts}")
+    return counts
+
+
+def _asked(source: Kernels, query_tokens: Queries) -> Int[np.ndarray, "batch query_token"] | None:
     """The queries of each row, by position; None where the last valid tokens were asked for."""
-    if query_tokens is None:
+    asked = source.asked if query_tokens is None else np.asarray(query_tokens)
+    if asked is None:
         return None
-    asked = np.asarray(query_tokens)
     if asked.size == 0:
         raise ValueError("query_tokens is empty; leave it None for the last valid token of each row")
-    if asked.dtype.kind not in "iu" or asked.ndim > 2 or (asked.ndim == 2 and len(asked) != view.n_rows):
+    if asked.dtype.kind not in "iu" or asked.ndim > 2 or (asked.ndim == 2 and len(asked) != source.n_rows):
         raise ValueError(
-            f"query_tokens needs integers (query_token,) or (batch = {view.n_rows}, query_token); got {asked.dtype} of "
-            f"shape {asked.shape}"
+            f"query_tokens needs integers (query_token,) or (batch = {source.n_rows}, query_token); got {asked.dtype} "
+            f"of shape {asked.shape}"
         )
-    return np.broadcast_to(asked, (view.n_rows, asked.shape[-1]))
+    held = asked.ravel().tolist() if source.asked is None else source.asked.tolist()
+    lacking = sorted(set(asked.ravel().tolist()) - set(held))
+    if lacking:
+        raise ValueError(f"query_tokens {lacking} are not in the jacobian, which has {held}")
+    return np.broadcast_to(asked, (source.n_rows, asked.shape[-1]))
 
 
-def _queries(view: Canonical, row: int, query_tokens: Int[np.ndarray, " query_token"] | None) -> list[int]:
-    position = view.positions(row)
-    if not view.contiguous(row):
+def _queries(source: Kernels, row: int, query_tokens: Int[np.ndarray, " query_token"] | None) -> list[int]:
+    position = source.positions(row)
+    if not source.contiguous(row):
         raise ValueError(
             f"the tokens of row {row} are not contiguous: a kernel needs every token of its window; record all"
         )
@@ -187,175 +226,120 @@ def _queries(view: Canonical, row: int, query_tokens: Int[np.ndarray, " query_to
     return [int(token) - int(position[0]) for token in query_tokens]
 
 
-def _read_out(view: Canonical, read_out: object) -> Float[np.ndarray, "kernel head"] | None:
-    if read_out is None:
-        return None
-    if isinstance(read_out, xr.DataArray):
-        if set(read_out.dims) != {"kernel", view.head_dim}:
-            raise ValueError(
-                f"read_out needs dims (kernel, {view.head_dim}); got ({', '.join(map(str, read_out.dims))})"
-            )
-        read_out = read_out.transpose("kernel", view.head_dim).values
-    values = np.asarray(read_out, dtype=np.float64)
-    if values.ndim != 2 or values.shape[1] != view.n_heads or not len(values):
-        raise ValueError(f"read_out needs shape (kernel, {view.n_heads}) over `{view.head_dim}`; got {values.shape}")
-    if not np.all(np.isfinite(values)):
-        raise ValueError("read_out holds NaN or infinity")
-    return values
+def _measured(source: Kernels, twin: Kernels | None, plan: Plan) -> tuple[Found, dict[str, Found]]:
+    """Numbers by kernel, executed and time-invariant, and what each variant's summaries need.
 
-
-def _measured(view: Canonical, plan: Plan) -> dict[str, np.ndarray]:
-    """Statistics stacked over (layer, batch, query_token), one block loaded at a time."""
-    groups = view.groups()
-    layers = []
-    for layer in range(view.n_layers):
-        A = view.matrix(layer)
-        layers.append(_stacked([_row(view, plan, layer, row, A, groups) for row in range(view.n_rows)]))
-    return _stacked(layers)
-
-
-def _row(view: Canonical, plan: Plan, layer: int, row: int, A: np.ndarray, groups: np.ndarray) -> dict[str, np.ndarray]:
-    block, selection = view.row(layer, row), view.selection(layer, row)
-    found = []
-    for at, size in zip(plan.at[row].tolist(), plan.window[row].tolist(), strict=True):
-        real = window.executed(block, selection, A, groups, at, size, view.zoh)
-        null = window.frozen(block, selection, A, groups, size, view.zoh)
-        if plan.read_out is not None:
-            real, null = core.read(plan.read_out, real), core.read(plan.read_out, null)
-        statistics = window.statistics(real, plan.wavelet, plan.level, plan.depth)
-        nulls = window.statistics(null, plan.wavelet, plan.level, plan.depth)
-        found.append(statistics | {f"null_{name}": value for name, value in nulls.items()})
-    return _stacked(found)
-
-
-def _stacked(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
-
-
-def _summaries(found: dict[str, np.ndarray], n_bootstrap: int, seed: int) -> dict[str, np.ndarray]:
-    """Means over (batch, query_token, live kernels) of each layer, with intervals."""
-    summary = {}
-    for null in ("", "null_"):
-        live = np.sum(~np.isnan(found[f"{null}best_cosine"]), axis=(2, 3))
-        totals = {name: np.nansum(found[f"{null}{name}"], axis=(2, 3)) for name in SUMMARISED}
-        totals["compaction"] = found.pop(f"{null}compaction").sum(axis=2)
-        for name, total in totals.items():
-            for end, value in _mean(total, live, n_bootstrap, seed).items():
-                summary[f"layer_{null}{name}{end}"] = value
-    return summary
-
-
-def _mean(
-    total: Float[np.ndarray, "layer batch *rest"], live: Int[np.ndarray, "layer batch"], n_bootstrap: int, seed: int
-) -> dict[str, np.ndarray]:
-    count = live.reshape(*live.shape, *[1] * (total.ndim - 2)).astype(float)
-
-    def statistic(draws: np.ndarray) -> np.ndarray:
-        summed, counted = np.einsum("b,lb...->l...", draws, total), np.einsum("b,lb...->l...", draws, count)
-        return summed / np.where(counted > 0, counted, np.nan)
-
-    n_rows = live.shape[1]
-    low, high = interval(statistic, n_rows, n_bootstrap, seed)
-    return {"": statistic(np.ones(n_rows, dtype=int)), "_low": low, "_high": high}
-
-
-def _labels(view: Canonical, read_out: object) -> np.ndarray:
-    if read_out is None:
-        return view.heads
-    if isinstance(read_out, xr.DataArray):
-        return read_out["kernel"].values
-    return np.arange(len(np.asarray(read_out)))
-
-
-_TEXT = {
-    "n_coefficients": ("coefficients that hold a share of the energy", "coefficient"),
-    "coefficient_fraction": ("the same as a fraction of the window", "1"),
-    "effective_rank": ("effective number of coefficients, exp of the entropy of their energy", "coefficient"),
-    "best_cosine": ("|cosine| with the best single wavelet", "1"),
-    "spike_best_cosine": ("|cosine| of a kernel of one single token with its best single wavelet (reference)", "1"),
-    "best_level": ("level of that wavelet, log2 of its length in tokens", "level"),
-    "best_shift": ("shift of that wavelet, in its own lengths from the window's start", "1"),
-    "scaling_cosine": ("|cosine| with the scaling function (a constant, for Haar)", "1"),
-    "capture": ("share of the energy in the coarse space, scaling function included", "1"),
-    "wavelet_capture": ("share of the energy in the coarse space's wavelets, scaling function left out", "1"),
-    "energy_by_level": ("share of the energy by level, 0 the scaling function", "1"),
-    "principal_cosine": ("cosine of the principal angles between the kernels' span and the coarse space", "1"),
-    "mean_squared_cosine": ("mean squared cosine of the principal angles", "1"),
-    "random_mean_squared_cosine": ("the same expected of a random subspace of that rank (closed form)", "1"),
-    "rank": ("numerical rank of the kernels", "1"),
-    "n_dead": ("kernels without energy, left out", "kernel"),
-    "compaction": ("share of the energy in the largest coefficients", "1"),
-}
-
-_PLACE = ("layer", "batch", "query_token")
-_DIMS = {
-    "n_coefficients": ("kernel", "energy_share"),
-    "coefficient_fraction": ("kernel", "energy_share"),
-    "energy_by_level": ("kernel", "level"),
-    "principal_cosine": ("angle",),
-    **dict.fromkeys(("mean_squared_cosine", "random_mean_squared_cosine", "rank", "n_dead"), ()),
-}
-
-
-def _entry(name: str, values: np.ndarray) -> Entry:
-    base = name.removeprefix("layer_")
-    end = next((end for end in ("_low", "_high") if base.endswith(end)), "")
-    null = base.startswith("null_")
-    base = base.removesuffix(end).removeprefix("null_")
-    text, units = _TEXT[base]
-    if name == "spike_best_cosine":
-        return (), values, text, units
-    text += {"": "", "_low": ", lower end of the interval", "_high": ", upper end of the interval"}[end]
-    text += " (null: time-invariant layer)" if null else ""
-    if name.startswith("layer_"):
-        dims = ("layer", "coefficient")[: values.ndim]
-        return dims, values, f"{text}, mean over rows, queries and kernels", units
-    return (*_PLACE, *_DIMS.get(base, ("kernel",))), values, text, units
-
-
-def _coords(
-    view: Canonical,
-    plan: Plan,
-    query_tokens: Sequence[int] | Sequence[Sequence[int]] | np.ndarray | None,
-    names: np.ndarray,
-) -> dict[str, object]:
-    one_set = query_tokens is not None and np.ndim(query_tokens) == 1
-    labels = (
-        np.asarray(query_tokens) if one_set else np.arange(plan.at.shape[1]) + (LAST if query_tokens is None else 0)
+    Stacked over (layer, batch, query_token); one block of kernels is held at a time.
+    """
+    of = {variant: (source, variant) for variant in ("real", *source.nulls)} | (
+        {} if twin is None else {"baseline": (twin, "real")}
     )
-    batch = view.coords()["batch"]
-    position = np.stack([view.positions(row)[at] for row, at in enumerate(plan.at)])
-    return {
-        "layer": view.layers,
-        "batch": batch,
-        "query_token": labels,
-        "kernel": names,
-        "energy_share": list(window.SHARES),
-        "level": np.arange(plan.depth + 1),
-        "angle": np.arange(2**plan.level),
-        "coefficient": 2 ** np.arange(plan.depth + 1),
-        "query_position": (
-            ("batch", "query_token"),
-            position,
-            {"long_name": "position of the query", "units": "token"},
-        ),
-        "window": (("batch", "query_token"), plan.window, {"long_name": "length of the window", "units": "token"}),
+    details, totals = {}, {}
+    shape = (len(source.layers), *plan.at.shape)
+    for layer, row, query in np.ndindex(shape):
+        at, window = int(plan.at[row, query]), int(plan.window[row, query])
+        for variant, (kernels, how) in of.items():
+            blocks = kernels.kernels(layer, row, at, window, how)
+            one, sums = of_query(blocks, len(kernels.names), plan.settings, references=variant == "real")
+            totals.setdefault(variant, []).append(sums)
+            if variant in ("real", "null"):
+                details.setdefault(variant, []).append(one)
+    found = {
+        labels.PREFIX[variant] + name: values
+        for variant, parts in details.items()
+        for name, values in _stacked(parts, shape).items()
     }
+    return found, {variant: _stacked(parts, shape) for variant, parts in totals.items()}
 
 
-def _attrs(view: Canonical, plan: Plan, read: bool, n_bootstrap: int, seed: int) -> dict[str, str]:
-    return {
+def _stacked(parts: list[Found], shape: tuple[int, ...]) -> Found:
+    stacked = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+    return {name: values.reshape(*shape, *values.shape[1:]) for name, values in stacked.items()}
+
+
+def _kept(source: Kernels, plan: Plan, cosine: Float[np.ndarray, "layer batch query kernel"], n_kept: int) -> Found:
+    """The kernels of the first row's first query that are nearest to a wavelet, with their projections on it."""
+    if n_kept < 0 or n_kept > cosine.shape[-1]:
+        raise ValueError(f"n_kept must be 0 to {cosine.shape[-1]}, the number of kernels; got {n_kept}")
+    if n_kept == 0:
+        return {}
+    at, window, kernels, fits, cosines, indices = int(plan.at[0, 0]), int(plan.window[0, 0]), [], [], [], []
+    for layer, found in enumerate(cosine[:, 0, 0]):
+        index = np.sort(np.argsort(-np.nan_to_num(found, nan=-1.0), kind="stable")[:n_kept])
+        blocks = source.kernels(layer, 0, at, window, "real")
+        kernel = core.normalised(np.concatenate(list(_picked(blocks, index))))
+        kernels.append(kernel)
+        fits.append(_projected(kernel, plan.settings.basis))
+        cosines.append(found[index])
+        indices.append(source.names[index])
+    kept = {"kept_kernel": kernels, "kept_wavelet": fits, "kept_cosine": cosines, "kept_name": indices}
+    return {name: np.stack(values) for name, values in kept.items()}
+
+
+def _picked(blocks: Any, index: Int[np.ndarray, " kept"]) -> Any:
+    first = 0
+    for block in blocks:
+        yield block[index[(index >= first) & (index < first + len(block))] - first]
+        first += len(block)
+
+
+def _projected(kernel: Float[np.ndarray, "kept token"], basis: Basis) -> Float[np.ndarray, "kept token"]:
+    coefficient, level = basis.transform(kernel), basis.levels(kernel.shape[1])
+    index = np.argmax(np.where(level == 0, -1.0, np.abs(np.nan_to_num(coefficient))), axis=1)
+    return np.stack([c[i] * basis.function(int(i), kernel.shape[1]) for c, i in zip(coefficient, index, strict=True)])
+
+
+def _coords(source: Kernels, plan: Plan, query_tokens: Queries, found: Found) -> dict[str, Any]:
+    given = source.asked if query_tokens is None else np.asarray(query_tokens)
+    query = np.array([LAST]) if given is None else given if given.ndim == 1 else np.arange(plan.at.shape[1])
+    position = np.stack([source.positions(row)[at] for row, at in enumerate(plan.at)])
+    where, depth = ("batch", "query_token"), plan.settings.depth
+    coords = {
+        "layer": source.layers,
+        "batch": source.batch,
+        "query_token": query,
+        "kernel": source.names,
+        "energy_share": list(SHARES),
+        "level": np.arange(depth + 1),
+        "angle": np.arange(plan.settings.n_angles),
+        "coefficient": 2 ** np.arange(depth + 1),
+        "query_position": (where, position, {"long_name": "position of the query", "units": "token"}),
+        "window": (where, plan.window, {"long_name": "length of the window", "units": "token"}),
+    }
+    coords |= {"n_states": list(plan.settings.exponentials)} if plan.settings.exponentials else {}
+    if "kept_name" in found:
+        coords["kept_name"] = (("layer", "kept"), found.pop("kept_name"), {"long_name": "label of a kept kernel"})
+        coords["kept_token"] = position[0, 0] + 1 - int(plan.window[0, 0]) + np.arange(int(plan.window[0, 0]))
+    return coords
+
+
+def _attrs(source: Kernels, baseline: xr.Dataset | None, plan: Plan, kernel: str, read: bool) -> dict[str, str]:
+    settings = plan.settings
+    nulls = "; ".join(
+        (
+            "null_*: the layer made time-invariant, delta, B and C frozen to means over the row's valid tokens",
+            "null_shuffle_* (layers only): delta permuted over the row's valid tokens, one order a row, B and C as is",
+        )[: len(source.nulls)]
+    )
+    attrs = {
         "analysis": "wavelet_alignment",
-        "estimator": "mixer kernels C_t exp(A Cum) delta_s B_s at unit energy, in a periodised wavelet basis (ours)",
-        "kernel": "mixer" + (" after a read-out" if read else f", one a {view.head_dim}"),
-        "wavelet": plan.wavelet,
-        "coarse_level": str(plan.level),
+        "estimator": f"{labels.KERNELS[kernel]}; at unit energy, in an orthonormal wavelet basis (ours)",
+        "kernel": kernel + (" after a read-out" if read else f", one a {source.head_dim}"),
+        "kernel_name": kernel,
+        "wavelet": settings.basis.wavelet,
+        "mode": settings.basis.mode,
+        "coarse_level": str(settings.level),
         "window_rule": "the last 2^floor(log2 n) of the n valid tokens up to the query; nothing is padded",
-        "null": "null_*: the layer made time-invariant, delta, B and C frozen to means over the row's valid tokens",
-        "interval": "95 % percentile bootstrap over rows" if view.n_rows > 1 else "NaN: one row, nothing to resample",
+        "null": nulls or "none: a block's nulls need the model; pass its randomised twin's jacobian as baseline=",
+        "interval": summaries.interval_rule(*plan.at.shape),
         "reduces_over": "layer_*: batch, query_token, kernel (kernels with energy only)",
         "rank_tolerance": f"{core.RANK_TOLERANCE:g} of the largest pivot of a QR of the unit-energy kernels",
-        "n_rows": str(view.n_rows),
-        "n_bootstrap": str(n_bootstrap),
-        "seed": str(seed),
+        "span_rule": f"span of at most {settings.n_span} kernels a query, evenly spaced over them",
+        "order_rule": f"lti_order at {ORDER_ERROR:.0%} error, of at most {settings.n_sampled} kernels a query, evenly"
+        f" spaced over them, from the {settings.order_lags} lags next to the query",
+        "n_rows": str(source.n_rows),
     }
+    if baseline is not None:
+        model = baseline.attrs.get("model", "another model")
+        attrs["baseline_estimator"] = f"baseline_* (layers only): the same kernels of the baseline given, {model}"
+    return attrs

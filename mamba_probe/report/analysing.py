@@ -7,17 +7,21 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from mamba_probe.analyses import memory_horizon, recall_circuit, wavelet_alignment
+from mamba_probe.analyses import hidden_attention, memory_horizon, recall_circuit, wavelet_alignment
 from mamba_probe.run import Run
 from mamba_probe.trace.contract import unknown_name
 from mamba_probe.trace.store import check_free, save
 
-__all__ = ["ANALYSES", "analyse", "answerable_queries"]
+__all__ = ["ANALYSES", "MAIN", "analyse", "answerable_queries"]
+
+SPREAD = 8
+"""Queries a row of a text, evenly spread over it."""
 
 
 def _wavelet(run: Run, seed: int) -> xr.Dataset:
     queries = answerable_queries(run.trace)
-    result = wavelet_alignment.measure(run.trace, query_tokens=queries, seed=seed)
+    twin = None if run.twin is None else run.twin[0]
+    result = wavelet_alignment.measure(run.trace, query_tokens=queries, seed=seed, baseline=twin)
     rule = (
         "the last valid token" if queries is None else "the last query whose answer lies in its window, else the last"
     )
@@ -34,15 +38,27 @@ def _recall(run: Run, seed: int) -> xr.Dataset:
     )
 
 
+def _attention(run: Run, seed: int) -> xr.Dataset:
+    queries, rule = answerable_queries(run.trace), "the last query whose answer lies in its window, else the last"
+    if queries is None:
+        n_valid = run.trace["valid"].sum("token").values[:, None]
+        queries, rule = n_valid * np.arange(1, SPREAD + 1) // SPREAD - 1, f"{SPREAD} tokens, evenly spread"
+    result = hidden_attention.measure(run.trace, query_tokens=queries, weights=run.weights, seed=seed)
+    return result.assign_attrs(queries=f"of each row: {rule}")
+
+
 ANALYSES: dict[str, Callable[[Run, int], xr.Dataset]] = {
     "recall_circuit": _recall,
     "memory_horizon": _horizon,
     "wavelet_alignment": _wavelet,
+    "hidden_attention": _attention,
 }
+MAIN = ("recall_circuit", "memory_horizon", "wavelet_alignment")
+"""Those of the report."""
 
 
 def analyse(
-    run: Run, directory: str | PathLike[str], *, names: Sequence[str] = tuple(ANALYSES), seed: int = 0,
+    run: Run, directory: str | PathLike[str], *, names: Sequence[str] = MAIN, seed: int = 0,
     say: Callable[[str], None] = lambda _: None, overwrite: bool = False,
 ) -> dict[str, xr.Dataset]:  # fmt: skip
     """Run the named analyses and write DIRECTORY/NAME.nc.

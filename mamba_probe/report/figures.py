@@ -8,7 +8,7 @@ from typing import Any
 
 import xarray as xr
 
-from mamba_probe.analyses import memory_horizon, recall_circuit, wavelet_alignment
+from mamba_probe.analyses import hidden_attention, memory_horizon, recall_circuit, wavelet_alignment
 
 __all__ = ["draw"]
 
@@ -19,6 +19,7 @@ PANELS: dict[str, tuple[Callable[..., Any], ...]] = {
         partial(wavelet_alignment.plot, kind="compaction"),
         partial(wavelet_alignment.plot, kind="cosine"),
     ),
+    "hidden_attention": (hidden_attention.plot,),
 }
 """Panels of a picture, from above; the second compares layers, and is left out where there is one."""
 RC: dict[Any, Any] = {"svg.hashsalt": "mamba_probe", "svg.fonttype": "none", "font.size": 10}

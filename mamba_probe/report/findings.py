@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
+from mamba_probe.analyses import recall_circuit
+
 __all__ = ["Finding", "Row", "finding"]
 
 
@@ -42,6 +44,7 @@ def finding(name: str, result: xr.Dataset) -> Finding:
     stated = (
         "estimator", "null", "baseline_estimator", "interval", "reduces_over", "queries", "window_rule", "censoring",
         "verdict_rule", "offset_choice", "path", "causal_estimator",
+        "aggregation", "identity",
     )  # fmt: skip
     notes = tuple((key.replace("_", " "), str(result.attrs[key])) for key in stated if result.attrs.get(key))
     drawn = name != "recall_circuit" or bool(result["solved"])
@@ -79,10 +82,13 @@ def _recall(result: xr.Dataset) -> tuple[str, list[Row]]:
         return result.attrs["verdict"], [accuracy] if result["n_query"].item() else []
     layer = result.isel(layer=int(result["strongest"].values.argmax()))
     rows = [accuracy]
-    for signature in layer["signature"].values:
+    table = recall_circuit.distance(result).sel(layer=layer["layer"])
+    for signature in layer["signature"].values[layer["absent"].values == ""]:
         one = layer.sel(signature=signature)
+        away = table["distance"].sel(signature=signature).item()
+        ideal = f"; ideal {number(one['ideal'].item())}, distance {number(away)}" if np.isfinite(away) else ""
         twin = f" (twin {number(one['baseline'].item())})" if "baseline" in one else ""
-        label = f"{signature}: {one['label'].item()}"
+        label = f"{signature}: {one['label'].item()}{ideal}"
         null = number(one["null"].item()) + twin
         rows.append(Row(label, number(one["value"].item()), null, span(one["low"].item(), one["high"].item())))
     for name in result["intervention"].values if "causal_share" in result else ():
@@ -183,6 +189,34 @@ def _frozen(null: float) -> str:
     return "no energy once time-invariant" if np.isnan(null) else f"once time-invariant {number(null)}"
 
 
+_ATTENTION = (
+    ("mean_distance", "mean distance read, tokens"),
+    ("entropy", "entropy of |alpha|, nats"),
+    ("first_share", "share of |alpha| on the first token"),
+    ("negative_share", "share of |alpha| that is negative"),
+)
+
+
+def _attention(result: xr.Dataset) -> tuple[str, list[Row]]:
+    rows = []
+    for layer in _shown(result):
+        one = result.sel(layer=layer)
+        for name, what in _ATTENTION:
+            lti, shuffled = (number(one[f"layer_null_{which}_{name}"].item()) for which in ("lti", "shuffle"))
+            ends = (one[f"layer_{name}_{end}"].item() for end in ("low", "high"))
+            value = number(one[f"layer_{name}"].item())
+            rows.append(Row(f"layer {layer}: {what}", value, f"time-invariant {lti}; shuffled {shuffled}", span(*ends)))
+    distance = result["layer_mean_distance"].values
+    live = np.flatnonzero(~np.isnan(distance))
+    if not live.size:
+        return f"{_name_layers(result)}: no query reads anything.", rows
+    said = []
+    for i in dict.fromkeys([live[distance[live].argmin()], live[distance[live].argmax()]]):
+        null = number(result["layer_null_lti_mean_distance"].values[i].item())
+        said.append(f"{number(distance[i].item())} tokens in layer {result['layer'].values[i]} (time-invariant {null})")
+    return f"Weighted by |alpha|, a query reads from a distance of {' to '.join(said)}.{_listed(result)}", rows
+
+
 MOST_LAYERS = 6
 
 
@@ -214,12 +248,14 @@ _ANALYSES: dict[str, tuple[str, str, str, _Say]] = {
     "recall_circuit": (
         "Recall circuit",
         "Does the model store pairs and read them back, and by which parts?",
-        "A signature is 1 where a layer does what the closed-form circuit does. Its null is chance; the twin is the"
-        " same architecture untrained. S1: of all pairs written, the right one adds most to its answer. S3: that pair"
-        " alone names the right value. S5 and S6: the query's C matches the right B best (margin, accuracy). S7: share"
-        " of the write energy at pairs. S9: share of the gate's energy on keys. S10: the convolution's taps shift the"
-        " key by one token. Causal share: what an edit takes away of the accuracy above chance (above 1: it fell below"
-        " chance).",
+        "A signature has its ideal where a layer does what the closed-form circuit does. Null: chance; the twin is"
+        " the same architecture untrained. Distance: 0 at the ideal, 1 at the null. S1: of all pairs written, the right"
+        " one adds most to its answer. S2: its share of all that speaks for or against the answer. S3: that pair"
+        " alone names the right value. S4: what decay left of it. S5 and S6: the query's C matches the right B best"
+        " (margin, accuracy). S7: share of the write energy at pairs. S9: share of the gate's energy on keys. S10: the"
+        " convolution's taps shift the key by one token; S11: so does its effect. S12, S13: an S4D channel writes one"
+        " key with one value, and reads it at that key. Causal share: what an edit takes away of the accuracy above"
+        " chance (above 1: it fell below chance). Each layer by direct attribution: later layers are not followed.",
         _recall,
     ),
     "memory_horizon": (
@@ -238,5 +274,13 @@ _ANALYSES: dict[str, tuple[str, str, str, _Say]] = {
         " same layer with delta, B and C at their means. Where that decays slowly it is nearly constant: one"
         " coefficient, of the scaling function, which is no wavelet.",
         _wavelet,
+    ),
+    "hidden_attention": (
+        "Hidden attention",
+        "From which tokens does a query's scan output read, and with which sign?",
+        "alpha is the weight of a source token in the scan's output at a query, selection as executed; alpha . x + D x"
+        " is that output. Shares are of |alpha|. Time-invariant: the same layer with delta, B and C at their means;"
+        " shuffled: the same deltas in random order.",
+        _attention,
     ),
 }

@@ -14,17 +14,15 @@ from mamba_probe.analyses.recall_circuit.core import (
     gated_output,
     identity_error,
     log_delta_contrast,
-    match,
     norm_scale,
-    pair_scores,
     readout,
     relative_tap,
     silu,
-    tally,
     tap_mass,
     write_energy,
 )
 from mamba_probe.analyses.recall_circuit.proportion import causal_share, wilson
+from mamba_probe.analyses.recall_circuit.tally import Answer, answer_shares, match, pair_scores, tally
 
 TOKENS, HEADS, CHANNELS, GROUPS, STATES, MODEL = 11, 4, 3, 2, 5, 7
 
@@ -90,18 +88,41 @@ def test_readout_is_centred_and_linear():
     assert np.abs(np.einsum("vhp,hp->v", read, vector) - (logits - logits.mean())).max() < 1e-12
 
 
-def test_pair_scores_agree_with_loops():
+def test_answers_agree_with_loops():
+    """S1, S2, S3 and S4 of one query against a loop over sources, values, heads, channels and states."""
     hits = []
     for seed in range(20):
         prompt, out_proj, _ = draw(seed, False)
-        read = readout(np.random.default_rng(seed).normal(size=(3, MODEL)), np.ones(MODEL), out_proj)
-        candidates, query, scale = np.array([1, 3, 5]), 9, np.random.default_rng(seed).uniform(0.1, 9, HEADS)
-        given = [contribution(prompt, query, np.array([w]))[0] * scale[:, None] for w in candidates]
-        logit = np.array([[(read[v] * one).sum() for v in range(3)] for one in given])
-        expected = (float(logit[:, 2].argmax() == 1), float(logit[1].argmax() == 2))
-        assert pair_scores(prompt, read, query, candidates, 3, 2, scale) == expected
+        rng = np.random.default_rng(seed)
+        read = readout(rng.normal(size=(3, MODEL)), np.ones(MODEL), out_proj)
+        scale, pairs, query = rng.uniform(0.1, 9, HEADS), np.array([1, 3, 5]), 9
+        logit, unfaded = (looped(prompt, read, query, scale, faded) for faded in (True, False))
+        asked = Answer(query, 3, 2, scale, read)
+        answers = answer_shares(prompt, asked)
+        np.testing.assert_allclose(answers, logit[:, 2], rtol=1e-10)
+        expected = (float(logit[pairs, 2].argmax() == 1), float(logit[3].argmax() == 2))
+        assert pair_scores(answers, logit[3], asked, pairs, 3) == expected
         hits.append(expected)
+        one = Questions(np.array([query]), np.array([3]), np.array([2]), pairs, np.ones(TOKENS, bool))
+        totals = tally(prompt, read, (out_proj**2).sum(axis=0), one, (0, 1, 2), scale[None]).totals[:, 0]
+        found = totals[..., 0] / totals[..., 1]
+        share = np.abs(logit[:, 2]) / np.abs(logit[:, 2]).sum()
+        for offset in range(3):
+            kept = np.linalg.norm(logit[3 + offset]) / np.linalg.norm(unfaded[3 + offset])
+            assert found[offset, [1, 2, 4]] == pytest.approx([share[3 + offset], share[3] + share[4], kept], rel=1e-10)
     assert {True, False} == {bool(pair) for pair, _ in hits} == {bool(value) for _, value in hits}
+
+
+def looped(prompt: Prompt, read: np.ndarray, query: int, scale: np.ndarray, faded: bool) -> np.ndarray:
+    """L_{t,s}[v] by the formula, one term at a time."""
+    logit = np.zeros((query + 1, len(read)))
+    for s, v, h, p, n in np.ndindex(query + 1, len(read), HEADS, CHANNELS, STATES):
+        group = h // (HEADS // GROUPS)
+        decay = np.exp(prompt.A[h, n] * prompt.delta[s + 1 : query + 1, h].sum()) if faded else 1.0
+        kernel = prompt.C[query, group, n] * prompt.B[s, group, n] * decay * prompt.delta[s, h]
+        gate = prompt.z[query, h, p] / (1 + np.exp(-prompt.z[query, h, p]))
+        logit[s, v] += read[v, h, p] * scale[h] * gate * prompt.x[s, h, p] * kernel
+    return logit
 
 
 def test_match_agrees_with_loops():
@@ -158,15 +179,17 @@ def test_tally_adds_up_over_queries():
     keys, pairs = np.arange(TOKENS) % 2 == 0, np.array([1, 3, 5])
     query, truth, value = np.array([8, 10]), np.array([3, 1]), np.array([0, 2])
 
-    def of(chosen: list[int]) -> np.ndarray:
+    def of(chosen: list[int]) -> tuple[np.ndarray, np.ndarray]:
         asked = Questions(query[chosen], truth[chosen], value[chosen], pairs, keys)
-        return tally(prompt, read, energy, asked, 1, np.ones((len(chosen), HEADS)))
+        found = tally(prompt, read, energy, asked, (1,), np.ones((len(chosen), HEADS)))
+        return found.totals[0], found.carried[0]
 
-    both, each = of([0, 1]), [of([0]), of([1])]
-    assert np.allclose(both[:, :4], sum(each)[:, :4])
-    assert np.allclose(both[:, 4:], each[0][:, 4:])
-    assert both[1, 4].tolist() == [3, TOKENS]
-    assert both[1, 6].tolist() == [6, TOKENS]
+    (both, carried), each = of([0, 1]), [of([0]), of([1])]
+    assert np.allclose(both[:, :7], each[0][0][:, :7] + each[1][0][:, :7])
+    assert np.allclose(both[:, 7:], each[0][0][:, 7:])
+    assert np.allclose(carried, each[0][1] + each[1][1])
+    assert both[1, 7].tolist() == [3, TOKENS]
+    assert both[1, 9].tolist() == [6, TOKENS]
 
 
 @settings(max_examples=60, deadline=None)

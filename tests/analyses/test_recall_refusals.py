@@ -45,7 +45,9 @@ def edits() -> xr.Dataset:
 def test_what_fits_is_measured(trace: xr.Dataset, weights: xr.Dataset):
     found = recall_circuit.measure(trace, weights=weights, interventions=edits(), offsets=(0, 1))
     assert int(found.n_scored) == 8
-    assert np.isfinite(found.value).all()
+    assert np.isfinite(found.value.isel(signature=(found.absent == "").values)).all()
+    assert found.value.isel(signature=(found.absent != "").values).isnull().all()
+    assert (found.absent != "").sum() == 7
 
 
 BROKEN = {

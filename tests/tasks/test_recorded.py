@@ -10,6 +10,7 @@ SMALL = {
     "keep_nth": mp.tasks.keep_nth(batch=2, length=12, n=None, n_tokens=20, marker=True),
     "induction": mp.tasks.induction(batch=2, length=12, vocab=20, occurrences=2),
     "induction_every_token": mp.tasks.induction_every_token(batch=2, length=12, vocab=5),
+    "repeated_tokens": mp.tasks.repeated_tokens(batch=2, period=6, vocab=20),
     "selective_copying": mp.tasks.selective_copying(batch=2, length=12, n_tokens=3, vocab=20),
 }
 

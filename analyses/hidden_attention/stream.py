@@ -1,0 +1,121 @@
+"""Rows of one (layer, prompt), one block of heads and one query at a time: never head x token x token."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float, Inexact, Int
+
+from mamba_probe.analyses.common import Canonical, Row, attention_row
+
+__all__ = ["KINDS", "Block", "Selection", "blocks", "subset"]
+
+KINDS = ("executed", "null_lti", "null_shuffle")
+"""The layer as it ran; frozen to its means over the row; with delta shuffled in time."""
+
+BLOCK_BYTES = 2**25
+"""Most bytes of one (token, head) array in float64; about ten of them live at once."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """B and C of a (layer, prompt): one row stands for all where they are constant."""
+
+    B: Inexact[np.ndarray, "source group state"]
+    C: Inexact[np.ndarray, "source group state"]
+
+    @classmethod
+    def of(cls, view: Canonical, layer: int, row: int) -> "Selection":
+        """Load them; those of S4D are not spread over tokens."""
+        if not view.constant:
+            return cls(*view.selection(layer, row))
+        B, C = (view.trace[name].isel(layer=layer).values[None] for name in "BC")
+        wide = np.promote_types(B.dtype, np.float64)
+        return cls(B.astype(wide), C.astype(wide))
+
+    def read(self, at: int) -> Inexact[np.ndarray, "group state"]:
+        """C at a token."""
+        return self.C[min(at, len(self.C) - 1)]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some heads of one layer and prompt.
+
+    Attributes:
+        heads: which, on the head axis.
+        row: delta and its cumulative sum.
+        A: decays of these heads.
+        groups: the group that each of them reads.
+        order: permutation of the row's tokens, for the null that shuffles delta.
+    """
+
+    heads: slice
+    row: Row
+    A: Inexact[np.ndarray, "head decay"]
+    selection: Selection
+    groups: Int[np.ndarray, " head"]
+    zoh: bool
+    order: Int[np.ndarray, " token"]
+
+    def alpha(self, kind: str, at: int) -> Float[np.ndarray, "source head"]:
+        """The weights of the sources up to the token `at`, one of `KINDS`."""
+        return {"executed": self._executed, "null_lti": self._lti, "null_shuffle": self._shuffled}[kind](at)
+
+    def _executed(self, at: int) -> Float[np.ndarray, "source head"]:
+        return self._along(self.row.delta, self.row.cumulative, at)
+
+    def _shuffled(self, at: int) -> Float[np.ndarray, "source head"]:
+        return self._along(*self._shuffle, at)
+
+    @cached_property
+    def _shuffle(self) -> tuple[Float[np.ndarray, "token head"], Float[np.ndarray, "token head"]]:
+        delta = self.row.delta[self.order]
+        return delta, np.cumsum(delta, axis=0)
+
+    def _along(
+        self, delta: Float[np.ndarray, "token head"], cumulative: Float[np.ndarray, "token head"], at: int
+    ) -> Float[np.ndarray, "source head"]:
+        seen, chosen = slice(at + 1), self.selection
+        elapsed = cumulative[at] - cumulative[seen]
+        return attention_row(delta[seen], elapsed, self.A, chosen.B[seen], chosen.read(at), self.groups, self.zoh)
+
+    def _lti(self, at: int) -> Float[np.ndarray, "source head"]:
+        mean = self.row.delta.mean(axis=0)
+        elapsed = mean * np.arange(at, -1, -1.0)[:, None]
+        B, C = (values.mean(axis=0) for values in (self.selection.B, self.selection.C))
+        return attention_row(np.broadcast_to(mean, elapsed.shape), elapsed, self.A, B[None], C, self.groups, self.zoh)
+
+
+def blocks(view: Canonical, layer: int, row: int, seed: int, width: int = 1) -> Iterator[Block]:
+    """The heads of a layer and prompt, a block after another; `width` numbers a token and head are held at once."""
+    A, groups, selection = view.matrix(layer), view.groups(), Selection.of(view, layer, row)
+    n_tokens = len(view.positions(row))
+    order = np.random.default_rng((seed, int(view.layers[layer]), row)).permutation(n_tokens)
+    step = max(1, BLOCK_BYTES // (8 * n_tokens * width))
+    for start in range(0, view.n_heads, step):
+        heads = slice(start, min(start + step, view.n_heads))
+        yield Block(heads, view.row(layer, row, heads), A[heads], selection, groups[heads], view.zoh, order)
+
+
+def subset(trace: xr.Dataset, heads: Sequence[int] | np.ndarray | None) -> xr.Dataset:
+    """The trace of the labelled heads only, in the order asked for.
+
+    Raises:
+        ValueError: not integers, none, one twice, or one that the trace lacks.
+    """
+    if heads is None:
+        return trace
+    dim = str(trace["delta"].dims[-1])
+    asked = np.asarray(heads)
+    known = trace[dim].values if dim in trace.coords else np.arange(trace.sizes[dim])
+    if asked.ndim != 1 or not asked.size or asked.dtype.kind not in "iu" or len(np.unique(asked)) < len(asked):
+        raise ValueError(f"heads needs distinct integers, labels of `{dim}`; got {heads!r}")
+    absent = sorted(set(asked.tolist()) - set(known.tolist()))
+    if absent:
+        raise ValueError(f"heads {absent} are not in `{dim}` of this trace: {known.min()} .. {known.max()}")
+    at = np.argsort(known)[np.searchsorted(np.sort(known), asked)]
+    total = trace.attrs.get("n_heads", trace.sizes[dim])
+    return trace.isel({dim: at}).assign_coords({dim: known[at]}).assign_attrs(n_heads=total)

@@ -1,0 +1,132 @@
+"""What the mixer's input does to B, C and x, lag by lag: S11 to S13. Recomputed from weights, in float64."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from mamba_probe.analyses.recall_circuit.core import Questions, ratio, silu
+from mamba_probe.analyses.recall_circuit.static import Path
+
+__all__ = ["and_index", "convolved", "gate_correlation", "input_error", "lag_changes", "lag_swap"]
+
+N_SWAPS = 8
+"""Other tokens that each lag's input is replaced by."""
+
+
+def convolved(features: Float[np.ndarray, "token feature"], path: Path) -> Float[np.ndarray, "token feature"]:
+    """The causal convolution before its SiLU: sum_l conv[l] features[t - l] + bias, nothing before the first token.
+
+    >>> path = Path(None, np.array([[1.0, 10.0]]), np.zeros(1), np.ones(1))
+    >>> convolved(np.array([[1.0], [2.0]]), path).ravel().tolist()
+    [1.0, 12.0]
+    """
+    total = np.broadcast_to(path.bias, features.shape).copy()
+    for lag, taps in enumerate(path.conv.T):
+        total[lag:] += taps * features[: len(features) - lag]
+    return total
+
+
+def input_error(
+    inputs: Float[np.ndarray, "token model"], path: Path, x: Float[np.ndarray, "token head head_channel"]
+) -> float:
+    """max |x from the mixer's input - x recorded| / max |x|: S11 to S13 hold for what was recorded, or not at all."""
+    assert path.in_proj is not None
+    error = np.asarray(silu(convolved(inputs @ path.in_proj.T, path))) - x.reshape(len(x), -1)
+    return float(np.abs(error).max() / max(np.abs(x).max(), np.finfo(np.float64).tiny))
+
+
+def lag_changes(
+    features: Float[np.ndarray, "token feature"], path: Path, tokens: Int[np.ndarray, " asked"], seed: int
+) -> Float[np.ndarray, "asked lag"]:
+    """Squared change of what `path` feeds at `tokens` when the input at one lag becomes another token's (ours).
+
+    Summed over the same `N_SWAPS` other tokens for all lags (every one, where there are fewer), which lie at random
+    distances around the prompt. `tokens` see all lags, t >= k - 1.
+
+    Args:
+        features: in_proj times the mixer's input.
+        path: what follows.
+        tokens: where it is read.
+        seed: of the distances.
+    """
+    before, n = convolved(features, path), len(features)
+    distances = np.random.default_rng(seed).permutation(np.arange(1, n))[:N_SWAPS]
+    found = np.zeros((len(tokens), path.conv.shape[1]))
+    for lag, taps in enumerate(path.conv.T):
+        here = tokens - lag
+        for distance in distances:
+            moved = taps * (features[(here + distance) % n] - features[here])
+            change = silu(before[tokens] + moved) - silu(before[tokens])
+            read = change * path.read if path.read.ndim == 1 else change @ path.read.T
+            found[:, lag] += (read**2).sum(axis=1)
+    return found
+
+
+def lag_swap(
+    inputs: Float[np.ndarray, "token model"], paths: dict[str, Path], asked: Questions, offsets: Sequence[int],
+    seed: int,
+) -> Float[np.ndarray, "offset kind=2 path=3 part=2"]:  # fmt: skip
+    """S11 of one prompt: for B, C and x the change at the lag made for it, over the change at all lags.
+
+    Returns:
+        kind: measured, closed-form null. path: B, C, x. part: numerator, denominator; NaN for a path that is not.
+    """
+    found = np.full((len(offsets), 2, 3, 2), np.nan)
+    for i, offset in enumerate(offsets):
+        for j, (name, lags) in enumerate({"B": [offset + 1], "C": [0], "x": [offset]}.items()):
+            if name not in paths:
+                continue
+            path, width = paths[name], paths[name].conv.shape[1]
+            assert path.in_proj is not None
+            lags = [lag for lag in lags + [offset + 1] * (len(paths) == 1) if lag < width]
+            at = asked.query if name == "C" else asked.pairs + offset
+            at = at[(at >= width - 1) & (at < len(inputs))]
+            changes = lag_changes(inputs @ path.in_proj.T, path, at, seed).sum(axis=0)
+            found[i, :, j] = [[changes[lags].sum(), changes.sum()], [len(lags) / width, 1.0]]
+    return found
+
+
+def and_index(
+    path: Path, keys: Float[np.ndarray, "key feature"], values: Float[np.ndarray, "value feature"], offset: int
+) -> tuple[Float[np.ndarray, " feature"], Float[np.ndarray, " feature"], Float[np.ndarray, "key feature"]]:
+    """S12: does a channel write only where its key is followed by its value (ours)?
+
+    (x11 - x10 - x01 + x00) / (|x11 - x00| + |x10 - x00| + |x01 - x00|), where x sees the channel's best key at lag
+    `offset` + 1 and its best value at lag `offset`, each there (1) or no input (0). 1: both or nothing; 0: they add up.
+
+    Args:
+        path: of x.
+        keys, values: in_proj times the mixer's input at each key and value.
+        offset: tokens between a value and the write of its pair; `offset` + 1 below the convolution's width.
+
+    Returns:
+        The index; the weight of each channel, |W_out|^2 x11^2; x of each key before the channel's best value.
+
+    >>> path = Path(None, np.ones((1, 2)), np.array([-30.0]), np.ones(1))
+    >>> and_index(path, np.full((1, 1), 20.0), np.full((1, 1), 20.0), 0)[0].round(3).tolist()
+    [1.0]
+    """
+    given = {"key": path.conv[:, offset + 1] * keys, "value": path.conv[:, offset] * values}
+    best = {name: each.max(axis=0) for name, each in given.items()}  # silu(a + b) is largest where a and b are
+    both, key, value, neither = (
+        np.asarray(silu(path.bias + part)) for part in (best["key"] + best["value"], best["key"], best["value"], 0.0)
+    )
+    spread = abs(both - neither) + abs(key - neither) + abs(value - neither)
+    written = np.asarray(silu(path.bias + given["key"] + best["value"]))
+    return ratio(both - key - value + neither, spread), path.mass * both**2, written
+
+
+def gate_correlation(
+    written: Float[np.ndarray, "key feature"], gate: Float[np.ndarray, "key feature"]
+) -> Float[np.ndarray, " feature"]:
+    """S13: a channel's correlation, over the keys, of what it writes with its gate when the key is asked for (ours).
+
+    NaN where one of them is the same for all keys.
+
+    >>> gate_correlation(np.array([[0.0], [1.0]]), np.array([[0.0], [4.0]])).round(6).tolist()
+    [1.0]
+    """
+    centred = [each - each.mean(axis=0) for each in (written, gate)]
+    norms = [np.sqrt((each**2).sum(axis=0)) for each in centred]
+    return ratio((centred[0] * centred[1]).sum(axis=0), norms[0] * norms[1])

@@ -1,0 +1,190 @@
+"""Every statistic of one query's kernels, by name: of each kernel, of their span, and what the summaries add up."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from mamba_probe.analyses.lti_limits.fits import fit_optimised
+from mamba_probe.analyses.wavelet_alignment import core
+from mamba_probe.analyses.wavelet_alignment.basis import Basis
+
+__all__ = ["MEANS", "MEDIANS", "ORDER_ERROR", "REFERENCE_MEANS", "SHARES", "Settings", "of_query"]
+
+SHARES = (0.9, 0.95, 0.99)
+"""Shares of the energy whose coefficients are counted."""
+
+ORDER_ERROR = 0.1
+"""Relative L2 error at which time-invariant states are counted."""
+
+MEANS = (
+    "best_cosine",
+    "scaling_cosine",
+    "capture",
+    "wavelet_capture",
+    "effective_rank",
+    "energy_by_level",
+    "compaction",
+)
+"""Means over kernels with energy; `REFERENCE_MEANS` of the executed kernels only."""
+REFERENCE_MEANS = ("dft_compaction", "dft_effective_rank")
+MEDIANS = ("discontinuity_index", "lti_order")
+
+Statistics = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured of a kernel.
+
+    Attributes:
+        basis: wavelet and mode.
+        level: J of the coarse space.
+        depth: log2 of the longest window of the whole result: where shorter ones are filled with NaN.
+        n_angles: functions of the largest coarse space.
+        n_sampled: kernels a query for the costly measures (`lti_order`, `exponential_error`), evenly spaced.
+        n_span: kernels a query for the span, evenly spaced.
+        order_lags: lags next to the query that enter `lti_order`.
+        exponentials: numbers of exponentials to fit.
+    """
+
+    basis: Basis
+    level: int
+    depth: int
+    n_angles: int
+    n_sampled: int
+    n_span: int
+    order_lags: int
+    exponentials: tuple[int, ...]
+
+
+def of_query(blocks: Any, n_kernels: int, settings: Settings, references: bool) -> tuple[Statistics, Statistics]:
+    """Statistics of one query, from its kernels a block at a time.
+
+    Args:
+        blocks: iterator over (kernel, window).
+        n_kernels: how many there are in all.
+        settings: what is measured.
+        references: whether to add the DFT and the fitted exponentials.
+
+    Returns:
+        Numbers by kernel and of the span; and what the summaries need: sums over kernels with energy, their count
+        `live`, and the values whose medians are taken.
+    """
+    sampled, spanning = (_even(n_kernels, n) for n in (settings.n_sampled, settings.n_span))
+    parts, span, first, window = [], [], 0, 0
+    for kernel in blocks:
+        here, window = slice(first, first + len(kernel)), kernel.shape[1]
+        coefficient = settings.basis.transform(core.normalised(kernel))
+        parts.append(_of_kernels(kernel, coefficient, sampled[here], settings, references))
+        span.append(coefficient[spanning[here] & ~np.isnan(coefficient[:, 0])])
+        first += len(kernel)
+    each = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    alive = ~np.isnan(each["best_cosine"])
+    means = MEANS + (REFERENCE_MEANS if references else ())
+    totals = {name: np.asarray(np.nansum(each[name][alive], axis=0)) for name in means} | {
+        name: each[name] for name in MEDIANS
+    }
+    curves = ("compaction", "dft_compaction")
+    details = {name: values for name, values in each.items() if name not in curves}
+    details["n_dead"] = np.asarray(float(np.sum(~alive)))
+    return details | _of_span(np.concatenate(span), window, settings), totals | {"live": np.asarray(float(alive.sum()))}
+
+
+def _even(size: int, n: int) -> Bool[np.ndarray, " kernel"]:
+    """At most n of `size` kernels, evenly spaced, the first and the last among them."""
+    chosen = np.zeros(size, dtype=bool)
+    chosen[np.linspace(0, size - 1, min(n, size)).round().astype(int)] = True
+    return chosen
+
+
+def _of_kernels(
+    kernel: Float[np.ndarray, "kernel token"], coefficient: Float[np.ndarray, "kernel coefficient"],
+    sampled: Bool[np.ndarray, " kernel"], settings: Settings, references: bool,
+) -> Statistics:  # fmt: skip
+    window, energy = kernel.shape[1], coefficient**2
+    level, coarse = settings.basis.levels(window), settings.basis.coarse(window, settings.level)
+    cosine, at_level, shift = core.best_wavelet(coefficient, level)
+    compacted = core.compaction(coefficient)
+    count = core.needed(compacted, SHARES)
+    found = {
+        "n_coefficients": count,
+        "coefficient_fraction": count / window,
+        "effective_rank": core.effective_rank(coefficient),
+        "best_cosine": cosine,
+        "best_level": at_level,
+        "best_shift": shift,
+        "scaling_cosine": np.abs(coefficient[:, level == 0]).max(axis=1),
+        "capture": energy[:, coarse].sum(axis=1),
+        "wavelet_capture": energy[:, coarse & (level > 0)].sum(axis=1),
+        "energy_by_level": _by_level(energy, level, settings.depth),
+        "compaction": _curve(compacted, settings.depth),
+        "discontinuity_index": core.discontinuity_index(kernel),
+        "lti_order": _sampled(kernel, sampled, lambda some: core.lti_order(some, ORDER_ERROR, settings.order_lags)),
+    }
+    return found | (_references(kernel, compacted, sampled, settings) if references else {})
+
+
+def _references(
+    kernel: Float[np.ndarray, "kernel token"], compacted: Float[np.ndarray, "kernel coefficient"],
+    sampled: Bool[np.ndarray, " kernel"], settings: Settings,
+) -> Statistics:  # fmt: skip
+    """The kernels in the unitary DFT; where asked for, the error of fitted exponentials and of as many wavelets."""
+    modulus = core.fourier(core.normalised(kernel))
+    in_dft = core.compaction(modulus)
+    found = {
+        "dft_n_coefficients": core.needed(in_dft, SHARES),
+        "dft_effective_rank": core.effective_rank(modulus),
+        "dft_compaction": _curve(in_dft, settings.depth),
+    }
+    if settings.exponentials:
+        counts = np.array(settings.exponentials)
+        found["n_term_error"] = np.sqrt(np.maximum(1 - compacted[:, counts - 1], 0.0))
+        errors = [_sampled(kernel, sampled, lambda some, n=n: _fitted(some, n)) for n in settings.exponentials]
+        found["exponential_error"] = np.stack(errors, axis=1)
+    return found
+
+
+def _sampled(
+    kernel: Float[np.ndarray, "kernel token"], sampled: Bool[np.ndarray, " kernel"], measure: Any
+) -> np.ndarray:
+    """A costly measure of the sampled kernels; NaN for the others."""
+    found = np.full(len(kernel), np.nan)
+    if sampled.any():
+        found[sampled] = measure(kernel[sampled])
+    return found
+
+
+def _fitted(kernel: Float[np.ndarray, "kernel token"], n_states: int) -> Float[np.ndarray, " kernel"]:
+    """Relative L2 error of the best exponentials found; NaN without energy."""
+    return np.array([fit_optimised(one[::-1], n_states).error if np.any(one) else np.nan for one in kernel])
+
+
+def _of_span(coefficient: Float[np.ndarray, "kernel coefficient"], window: int, settings: Settings) -> Statistics:
+    """Principal angles with the coarse space; what is closed form in a window-wide basis is NaN in another."""
+    coarse = settings.basis.coarse(window, settings.level)
+    cosines, rank = core.coarse_cosines(coefficient, coarse)
+    inside = settings.basis.mode == "periodization"
+    return {
+        "principal_cosine": np.pad(cosines, (0, settings.n_angles - len(cosines)), constant_values=np.nan),
+        "mean_squared_cosine": np.asarray(np.mean(cosines**2) if rank else np.nan),
+        "random_mean_squared_cosine": np.asarray(max(rank, coarse.sum()) / window if rank and inside else np.nan),
+        "capture_residual": np.asarray(max(0.0, 1 - np.sum(cosines**2) / coarse.sum()) if rank and inside else np.nan),
+        "rank": np.asarray(float(rank)),
+    }
+
+
+def _by_level(
+    energy: Float[np.ndarray, "kernel coefficient"], level: np.ndarray, depth: int
+) -> Float[np.ndarray, "kernel level"]:
+    """Energy of the scaling functions (0) and of the levels 1 (finest) to `depth`; NaN at levels the window lacks."""
+    columns = [
+        energy[:, level == j].sum(axis=1) if j in level else np.full(len(energy), np.nan) for j in range(depth + 1)
+    ]
+    return np.stack(columns, axis=1)
+
+
+def _curve(compacted: Float[np.ndarray, "kernel coefficient"], depth: int) -> Float[np.ndarray, "kernel size"]:
+    """Share of the energy in the largest 1, 2, 4, .., 2^depth coefficients."""
+    return compacted[:, np.minimum(2 ** np.arange(depth + 1), compacted.shape[1]) - 1]

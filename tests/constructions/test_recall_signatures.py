@@ -57,7 +57,7 @@ def prompt_of(trace, row):
 
 
 def test_share_and_retention_of_what_a_query_reads(recorded):
-    """S2 and S4, which no analysis measures yet."""
+    """S2 and S4, computed here apart from the analysis."""
     construction, task, trace, weights = recorded
     out = weights["out_proj"].isel(layer=0).values.reshape(weights.sizes["model"], -1)
     values = np.array(task.answers)

@@ -12,11 +12,11 @@ import xarray as xr
 from torch import Tensor, nn
 
 from mamba_probe import provenance
+from mamba_probe.attaching import check_editable, check_free_to_attach, chosen_backend
 from mamba_probe.hooks import Edit
 from mamba_probe.inputs import ModelInput, checked_input
 from mamba_probe.jacobian import measure_jacobian
-from mamba_probe.kernels.scan import BACKENDS, check_backend, choose_backend
-from mamba_probe.mixers import Listener, MixerAdapter, Tap, find_mixers
+from mamba_probe.mixers import Listener, Tap, find_mixers
 from mamba_probe.parity import measure_parity
 from mamba_probe.planning import checked_plan
 from mamba_probe.recorder import Plan, Recorder
@@ -79,9 +79,9 @@ class Probe(AbstractContextManager["Probe"]):
         self.model = model
         self._parity_error: float | str = "not measured"
         self._adapters = find_mixers(model)
-        _check_free_to_attach(self._adapters)
+        check_free_to_attach(self._adapters)
         device = next(self._adapters[0].mixer.parameters()).device
-        self.backend, self.backend_reason = _backend(device, backend, self._adapters)
+        self.backend, self.backend_reason = chosen_backend(device, backend, self._adapters)
         self._taps = {adapter.layer: Tap(adapter.layer, self.backend) for adapter in self._adapters}
         if len(self._taps) != len(self._adapters):
             numbered = ", ".join(f"{adapter.name} is layer {adapter.layer}" for adapter in self._adapters)
@@ -300,7 +300,7 @@ class Probe(AbstractContextManager["Probe"]):
                 raise ValueError(f"edit takes mp.freeze(...) and mp.ablate(...); got {edit!r}")
             if edit.layer is not None and edit.layer not in self._taps:
                 raise unknown_name("layer", edit.layer, [str(layer) for layer in self.layers])
-            _check_editable(edit, self._adapters)
+            check_editable(edit, self._adapters)
         before = {layer: list(tap.edits) for layer, tap in self._taps.items()}
         for layer, tap in self._taps.items():
             tap.edits += [edit for edit in edits if edit.layer in (None, layer)]
@@ -428,47 +428,3 @@ def _kept(
         trace = recorder.close()
         if trace is not None and store is not None:
             save(label(trace), store, overwrite=overwrite)
-
-
-def _backend(device: torch.device, asked: str, adapters: Sequence[MixerAdapter]) -> tuple[str, str]:
-    limited = [adapter for adapter in adapters if "triton" not in adapter.backends]
-    if asked == "auto":
-        choice = choose_backend(device)
-        if choice.name == "triton" and limited:
-            return (
-                "cpu",
-                f"{limited[0].family} layers need complex A and zoh, which triton lacks; plain torch on {device}",
-            )
-        return choice
-    if asked not in BACKENDS:
-        raise unknown_name("backend", asked, ("auto", *BACKENDS))
-    if asked == "triton" and limited:
-        needs = f"{limited[0].name or 'the mixer'} ({limited[0].family}) needs complex A and zoh"
-        raise ValueError(f'backend "triton" does not support them yet: {needs}. Use backend="cpu", on any device.')
-    check_backend(asked, device)
-    return asked, "asked for"
-
-
-def _check_editable(edit: Edit, adapters: Sequence[MixerAdapter]) -> None:
-    """Refuse to edit what an S4D layer does not compute from its input."""
-    for adapter in adapters:
-        if edit.layer in (None, adapter.layer) and edit.target not in adapter.editable:
-            raise ValueError(
-                f"{edit!r}: {edit.target} of layer {adapter.layer} ({adapter.family}) is a constant weight, the same at"
-                f" every token; change the module's weights instead. Editable there: {', '.join(adapter.editable)}."
-            )
-
-
-def _check_free_to_attach(adapters: list[MixerAdapter]) -> None:
-    for adapter in adapters:
-        if "forward" in adapter.mixer.__dict__:
-            ours = "a probe is attached. Detach it first: leave its `with` block, or mp.detach(model)."
-            other = "another tool (accelerate?) replaced it; load the model on one device."
-            why = other if adapter.tap is None else ours
-            raise ValueError(f"{adapter.name or 'the mixer'} already has a forward of its own: {why}")
-        for name, parameter in adapter.mixer.named_parameters():
-            if parameter.is_meta:
-                raise ValueError(f"layer {adapter.layer}: {name} is on the meta device (not loaded, or offloaded)")
-            if not torch.isfinite(parameter).all():
-                bad = int((~torch.isfinite(parameter)).sum())
-                raise ValueError(f"layer {adapter.layer}: weight {name} holds {bad} NaN or infinite values")

@@ -43,7 +43,7 @@ def tolerance(variant: str, beta: float, length: int, dtype: str) -> float:
     if variant == "ramps":
         return 1e-3 * more**2 if dtype == "float32" else (1e-8 if beta <= 64 else 1e-11 * more**2)
     if variant == "delta":
-        return (0.1 if dtype == "float32" else 1e-10) * more**2
+        return (3e-2 if dtype == "float32" else 1e-10) * more**2
     return (1e-6 if dtype == "float32" else 1e-12) * more
 
 

@@ -320,6 +320,7 @@ KEEP = Claim(
         " one token of T kept by N time-invariant states, the best kernel found and the bound; the S6 layer needs one."
     ),
     left_out=(
+        "The best kernel found comes from a local search: a better one may exist, and only the bound speaks for all.",
         "L2 is strict: with N = T/4 states the largest output is still mostly the right token.",
         "Nothing in the tokens says where n is: the block is built for one n, or told by a marker (event).",
     ),

@@ -20,8 +20,9 @@ def _shares(alpha: Float[np.ndarray, "source head"]) -> Float[np.ndarray, "sourc
     """|alpha| as shares of a head's row; NaN where a head reads nothing."""
     size = np.abs(alpha)
     peak = size.max(axis=0)
-    size = size / np.where(peak > 0, peak, np.nan)  # first by the largest: sums of tiny weights underflow
-    return size / size.sum(axis=0)
+    size /= np.where(peak > 0, peak, np.nan)  # first by the largest: sums of tiny weights underflow
+    size /= size.sum(axis=0)
+    return size
 
 
 def normalised(alpha: Float[np.ndarray, "source head"], rule: str) -> Float[np.ndarray, "source head"]:
@@ -45,7 +46,7 @@ def statistics(alpha: Float[np.ndarray, "source head"]) -> dict[str, Float[np.nd
     """
     p = _shares(alpha)
     lag = np.arange(len(p) - 1, -1, -1.0)
-    top = len(p) - 1 - np.argmax(np.nan_to_num(p[::-1]), axis=0)
+    top = len(p) - 1 - np.argmax(p[::-1], axis=0)
     return {
         "entropy": np.abs(np.sum(p * np.log(np.where(p > 0, p, 1.0)), axis=0)),
         "first_share": p[0],

@@ -44,16 +44,19 @@ class Identity:
             return cls(None, f"{' and '.join(lacking)} not recorded", tolerance)
         return cls(skip, "D unknown: pass weights=probe.weights()" if skip is None else "", tolerance)
 
-    def parts(
-        self, view: Canonical, layer: int, row: int, block: Block, at: int, alpha: Float[np.ndarray, "source head"]
-    ) -> tuple[float, float]:
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it reads beside alpha."""
+        return () if self.skip is None else ("x", "y")
+
+    def parts(self, layer: int, block: Block, at: int, alpha: Float[np.ndarray, "source head"]) -> tuple[float, float]:
         """Largest |alpha . x + D x - y| over the heads of a block, and their largest |alpha| . |x| + |D x|."""
         if self.skip is None:
             return np.nan, np.nan
-        x, y = (_upto(view, name, layer, row, block.heads, at) for name in "xy")
-        skip = self.skip[layer, block.heads] * x[-1]
-        error = np.einsum("sh,shp->hp", alpha, x) + skip - y[-1]
-        size = np.einsum("sh,shp->hp", np.abs(alpha), np.abs(x)) + np.abs(skip)
+        x, row = np.moveaxis(block.values["x"][: at + 1], 1, 0), alpha.T[:, None]
+        skip = self.skip[layer, block.heads] * x[:, -1]
+        error = (row @ x)[:, 0] + skip - block.values["y"][at]
+        size = (np.abs(row) @ np.abs(x))[:, 0] + np.abs(skip)
         return float(np.abs(error).max()), float(size.max())
 
     def check(
@@ -76,16 +79,6 @@ class Identity:
             "does not hold what the scan executed (an edit of the decay? attrs changed? a state carried in?), or "
             "memory is so long that fp32 loses this much: then pass tolerance="
         )
-
-
-def _upto(view: Canonical, name: str, layer: int, row: int, heads: slice, at: int) -> np.ndarray:
-    """x up to a token (source, head, head_channel); of y that token alone."""
-    token = np.flatnonzero(view.valid[row])[(slice(at, at + 1) if name == "y" else slice(at + 1))]
-    array = view.trace[name].isel({"layer": layer, "batch": row, "token": token, view.head_dim: heads})
-    values = array.values.astype(np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError(f"`{name}` is NaN or infinite in layer {view.layers[layer]}, row {row}, at valid tokens")
-    return values.reshape(*values.shape[:2], -1)
 
 
 def _skip(view: Canonical, weights: xr.Dataset) -> Float[np.ndarray, "layer head skip"]:

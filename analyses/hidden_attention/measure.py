@@ -134,12 +134,11 @@ class _Rows:
         totals = {(kind, query): core.Total(self.plan.aggregate) for kind in KINDS for query in range(len(at))}
         sums = {key: np.zeros((2, len(self.bins))) for key in totals}
         scale = np.zeros((len(at), 2))
-        width = 1 if self.identity.skip is None else self.view.trace.sizes.get("head_channel", 1)
-        for block in blocks(self.view, layer, row, self.plan.seed, width):
+        for block in blocks(self.view, layer, row, self.plan.seed, self.identity.names):
             for kind, query in totals:
                 alpha = block.alpha(kind, at[query])
                 if kind == "executed":
-                    parts = self.identity.parts(self.view, layer, row, block, at[query], alpha)
+                    parts = self.identity.parts(layer, block, at[query], alpha)
                     scale[query] = np.maximum(scale[query], parts)
                 self._statistics(kind, (layer, row, query), block.heads, alpha)
                 alpha = core.normalised(alpha, self.plan.normalise)

@@ -1,7 +1,7 @@
 """Rows of one (layer, prompt), one block of heads and one query at a time: never head x token x token."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -15,8 +15,10 @@ __all__ = ["KINDS", "Block", "Selection", "blocks", "subset"]
 KINDS = ("executed", "null_lti", "null_shuffle")
 """The layer as it ran; frozen to its means over the row; with delta shuffled in time."""
 
-BLOCK_BYTES = 2**25
-"""Most bytes of one (token, head) array in float64; about ten of them live at once."""
+BLOCK_BYTES = 2**22
+"""Most bytes of one (token, head) array that is worked on, in float64: about ten of them live at once, in cache."""
+READ_BYTES = 2**26
+"""Most bytes of one (token, head) array that is read from a store at once, in float64: several live at once."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Block:
         A: decays of these heads.
         groups: the group that each of them reads.
         order: permutation of the row's tokens, for the null that shuffles delta.
+        values: other variables of these heads that were asked for.
     """
 
     heads: slice
@@ -59,6 +62,7 @@ class Block:
     groups: Int[np.ndarray, " head"]
     zoh: bool
     order: Int[np.ndarray, " token"]
+    values: dict[str, Float[np.ndarray, "token head head_channel"]]
 
     def alpha(self, kind: str, at: int) -> Float[np.ndarray, "source head"]:
         """The weights of the sources up to the token `at`, one of `KINDS`."""
@@ -89,15 +93,33 @@ class Block:
         return attention_row(np.broadcast_to(mean, elapsed.shape), elapsed, self.A, B[None], C, self.groups, self.zoh)
 
 
-def blocks(view: Canonical, layer: int, row: int, seed: int, width: int = 1) -> Iterator[Block]:
-    """The heads of a layer and prompt, a block after another; `width` numbers a token and head are held at once."""
+def blocks(view: Canonical, layer: int, row: int, seed: int, names: Sequence[str] = ()) -> Iterator[Block]:
+    """The heads of a layer and prompt, a block after another, with the variables of `names`; values are read once."""
     A, groups, selection = view.matrix(layer), view.groups(), Selection.of(view, layer, row)
     n_tokens = len(view.positions(row))
     order = np.random.default_rng((seed, int(view.layers[layer]), row)).permutation(n_tokens)
+    width = max([1, *(view.trace[name].sizes.get("head_channel", 1) for name in names)])
     step = max(1, BLOCK_BYTES // (8 * n_tokens * width))
-    for start in range(0, view.n_heads, step):
-        heads = slice(start, min(start + step, view.n_heads))
-        yield Block(heads, view.row(layer, row, heads), A[heads], selection, groups[heads], view.zoh, order)
+    for span in _spans(view, max(1, READ_BYTES // (8 * n_tokens * width))):
+        read, held = view.row(layer, row, span), {name: view.load(name, layer, row, span) for name in names}
+        held = {name: values.reshape(*values.shape[:2], -1) for name, values in held.items()}
+        for start in range(span.start, span.stop, step):
+            heads = slice(start, min(start + step, span.stop))
+            inner = slice(start - span.start, heads.stop - span.start)
+            part = replace(read, delta=read.delta[:, inner], cumulative=read.cumulative[:, inner])
+            values = {name: array[:, inner] for name, array in held.items()}
+            yield Block(heads, part, A[heads], selection, groups[heads], view.zoh, order, values)
+
+
+def _spans(view: Canonical, most: int) -> Iterator[slice]:
+    """Heads read at once: at most so many, and whole chunks of the store as long as these are no wider."""
+    chunks = view.trace["delta"].chunksizes.get(view.head_dim, (view.n_heads,))
+    edges, start = np.cumsum(chunks), 0
+    while start < view.n_heads:
+        whole = edges[(edges > start) & (edges <= start + most)]
+        stop = int(whole[-1]) if len(whole) else min(start + most, view.n_heads)
+        yield slice(start, stop)
+        start = stop
 
 
 def subset(trace: xr.Dataset, heads: Sequence[int] | np.ndarray | None) -> xr.Dataset:

@@ -1,4 +1,4 @@
-"""Memory horizons of one channel, from cumulative delta: arrays in, arrays out.
+"""Memory horizons of one channel: arrays in, arrays out.
 
 A state decays at rate |A| in the time that delta measures, so the step written at s has shrunk to `level` once
 |A| (Cum(s + k) - Cum(s)) >= -ln(level). A horizon that the recording does not reach is censored: all that is known is
@@ -10,21 +10,22 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from mamba_probe.analyses.memory_horizon.path import TIE
+
 __all__ = [
     "backward",
     "counts",
     "elapsed",
     "forward",
+    "frozen",
     "least_log_spread",
     "log_spread",
     "lti",
+    "mirrored",
     "quantiles",
     "ratio",
     "reach",
 ]
-
-TIE = 1e-9
-"""A threshold counts as reached within this relative distance, so that rounding of a sum cannot add a token."""
 
 
 def reach(level: float, A: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
@@ -38,39 +39,80 @@ def reach(level: float, A: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*s
 
 
 def forward(
-    cumulative: Float[np.ndarray, " token"], threshold: Float[np.ndarray, " state"], position: Int[np.ndarray, " token"]
+    reached: Int[np.ndarray, "state token"], position: Int[np.ndarray, " token"]
 ) -> tuple[Int[np.ndarray, "state token"], Bool[np.ndarray, "state token"]]:
     """How long each token lives: H(s) = min{k >= 1 : Cum(s + k) - Cum(s) >= threshold}.
 
     Args:
-        cumulative: sum of delta up to and with each token, non-decreasing.
-        threshold: elapsed delta at which each state has decayed to the level (`reach`).
+        reached: the first later token by which each has decayed (`Path.reached`), the number of tokens where there is
+            none.
         position: token counts; where tokens are missing a horizon is rounded up to the next one present.
 
     Returns:
         The horizon in tokens, and whether it is censored: then the number is the least that the horizon can be.
 
-    >>> forward(np.array([1.0, 2.0, 3.0, 4.0]), np.array([2.0]), np.arange(4))
+    >>> forward(np.array([[2, 3, 4, 4]]), np.arange(4))
     (array([[2, 2, 2, 1]]), array([[False, False,  True,  True]]))
     """
-    n_tokens = len(cumulative)
-    target = cumulative + (threshold * (1 - TIE))[:, None]
-    reached = np.searchsorted(cumulative, target.ravel(), side="left").reshape(target.shape)
-    reached = np.maximum(reached, np.arange(1, n_tokens + 1))
-    ends = np.append(position, position[-1] + 1)
-    return ends[reached] - position, reached == n_tokens
+    steps = np.append(position, position[-1] + 1).take(reached)
+    steps -= position
+    return steps, reached == len(position)
 
 
 def backward(
-    cumulative: Float[np.ndarray, " token"], threshold: Float[np.ndarray, " state"], position: Int[np.ndarray, " token"]
+    reached: Int[np.ndarray, "state token"], position: Int[np.ndarray, " token"]
 ) -> tuple[Int[np.ndarray, "state token"], Bool[np.ndarray, "state token"]]:
-    """How far each step sees: min{k >= 1 : Cum(t) - Cum(t - k) >= threshold}; `forward` of the mirrored sequence.
+    """How far each step sees: min{k >= 1 : Cum(t) - Cum(t - k) >= threshold}.
 
-    >>> backward(np.array([1.0, 2.0, 3.0, 4.0]), np.array([2.0]), np.arange(4))
+    The tokens that have decayed by t are the first of the row, as many as have `reached` at most t; t sees up to the
+    last of these.
+
+    >>> backward(np.array([[2, 3, 4, 4]]), np.arange(4))
     (array([[1, 2, 2, 2]]), array([[ True,  True, False, False]]))
     """
-    steps, censored = forward(-cumulative[::-1], threshold, -position[::-1])
-    return steps[:, ::-1], censored[:, ::-1]
+    n_tokens = len(position)
+    decayed = np.empty(reached.shape, dtype=int)
+    for of, out in zip(reached, decayed, strict=True):
+        np.cumsum(np.bincount(of, minlength=n_tokens)[:n_tokens], out=out)
+    return position - np.append(position[0] - 1, position).take(decayed), decayed == 0
+
+
+def mirrored(
+    least: Int[np.ndarray, "*counted size"], first: Int[np.ndarray, "*counted"]
+) -> Int[np.ndarray, "*counted size"]:
+    """Counts of `backward` horizons, the censored in the last bin, from those of `forward` of a row without gaps.
+
+    With each censored one at its least the two have the same counts. Backward, the censored are those of the tokens
+    that the first one's write still reaches: their least horizons are 1 .. the first one's, once each.
+
+    Args:
+        least: forward horizons counted, each censored one at its least.
+        first: forward horizon of the first token, or the least that it can be.
+
+    >>> mirrored(np.array([0, 1, 3, 0]), np.array(2)).tolist()
+    [0, 0, 2, 2]
+    """
+    lag = np.arange(least.shape[-1])
+    exact = least - ((lag >= 1) & (lag <= first[..., None]))
+    exact[..., -1] = first
+    return exact
+
+
+def frozen(
+    horizon: Float[np.ndarray, " state"], position: Int[np.ndarray, " token"]
+) -> tuple[Int[np.ndarray, "state token"], Bool[np.ndarray, "state token"]]:
+    """`forward` of a time-invariant layer: its real-valued horizon (`lti`) in whole tokens, the same at every token.
+
+    >>> frozen(np.array([1.5]), np.arange(4))
+    (array([[2, 2, 2, 1]]), array([[False, False,  True,  True]]))
+    """
+    end = position[-1] + 1
+    whole = np.minimum(np.ceil(horizon), end - position[0]).astype(int)
+    due = np.minimum(position + np.maximum(whole, 1)[:, None], end)
+    if end - position[0] > len(position):
+        ends = np.append(position, end)
+        due = ends.take(np.searchsorted(ends, due))
+    return due - position, due == end
 
 
 def lti(
@@ -87,15 +129,19 @@ def lti(
 
 def counts(
     steps: Int[np.ndarray, "state token"], censored: Bool[np.ndarray, "state token"], size: int
-) -> Int[np.ndarray, "state size"]:
-    """How often each horizon 0 .. size - 2 occurs; the last bin holds the censored ones.
+) -> tuple[Int[np.ndarray, "state size"], Int[np.ndarray, "state size"]]:
+    """How often each horizon 0 .. size - 2 occurs, twice: the censored in the last bin, and at the least each can be.
 
-    >>> counts(np.array([[1, 1, 2]]), np.array([[False, False, True]]), 4).tolist()
-    [[0, 2, 0, 1]]
+    >>> [count.tolist() for count in counts(np.array([[1, 1, 2]]), np.array([[False, False, True]]), 4)]
+    [[[0, 2, 0, 1]], [[0, 2, 1, 0]]]
     """
-    n_states = len(steps)
-    bins = np.where(censored, size - 1, steps) + size * np.arange(n_states)[:, None]
-    return np.bincount(bins.ravel(), minlength=n_states * size).reshape(n_states, size)
+    bins = steps + size * np.arange(len(steps))[:, None]
+    least, unseen = (
+        np.bincount(of, minlength=len(steps) * size).reshape(-1, size) for of in (bins.ravel(), bins[censored])
+    )
+    exact = least - unseen
+    exact[:, -1] = unseen.sum(axis=-1)
+    return exact, least
 
 
 def quantiles(count: Int[np.ndarray, "*shape size"], at: Sequence[float]) -> Float[np.ndarray, "*shape quantile"]:
@@ -105,9 +151,9 @@ def quantiles(count: Int[np.ndarray, "*shape size"], at: Sequence[float]) -> Flo
     [1.0, inf]
     """
     cumulative = np.cumsum(count, axis=-1)
-    values = np.append(np.arange(count.shape[-1] - 1, dtype=float), np.inf)
-    needed = [np.ceil(q * cumulative[..., -1:] * (1 - TIE)) for q in at]
-    return np.stack([values[np.argmax(cumulative >= np.maximum(need, 1), axis=-1)] for need in needed], axis=-1)
+    needed = np.maximum(np.ceil(np.asarray(at) * cumulative[..., -1:] * (1 - TIE)), 1)
+    below = (cumulative[..., None, :] < needed[..., None]).sum(axis=-1)
+    return np.where(below < count.shape[-1] - 1, below, np.inf)
 
 
 def elapsed(

@@ -6,59 +6,75 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from mamba_probe.analyses.common import Canonical, Row
-from mamba_probe.analyses.memory_horizon import core, survival
-from mamba_probe.analyses.memory_horizon.options import QUANTILES, Options
-from mamba_probe.analyses.memory_horizon.summary import GAINS, Counts, found_quantiles, share, summary
+from mamba_probe.analyses.memory_horizon import core
+from mamba_probe.analyses.memory_horizon.channel import KINDS, Channel, at, statistics, tally
+from mamba_probe.analyses.memory_horizon.options import Options
+from mamba_probe.analyses.memory_horizon.path import Path
+from mamba_probe.analyses.memory_horizon.summary import GAINS, Counts, summary
 
-__all__ = ["blocks", "measure_layer", "orders", "state_slices"]
+__all__ = ["blocks", "held", "measure_layer", "orders", "state_slices"]
 
-BLOCK_BYTES = 2**28
-"""Most bytes of delta and its cumulative sum held at once: a layer above this is read in several blocks of channels."""
+LAYER_BYTES = 2**29
+"""Most bytes of a layer that is read once and held; a larger one is read in blocks of channels of half as much."""
 
-STATE_ELEMENTS = 2**21
-"""Most (token, state) elements worked on at once: of long rows, few states are measured at a time."""
+BLOCK_BYTES = 2**25
+"""Most bytes of delta and its cumulative sum worked on at once, of channels that are in memory."""
 
-KINDS = ("forward", "backward", "null_shuffle", "null_lti")
+STATE_ELEMENTS = 2**17
+"""Most (token, state) elements worked on at once: few enough to stay in a cache."""
 
 
-def measure_layer(view: Canonical, layer: int, level: float, options: Options) -> dict[str, np.ndarray]:
-    """Every horizon of one layer, by name; the leading axis of a per-channel result is the head."""
-    threshold = core.reach(level, view.decay(layer))
-    channels, totals, spans, tokens = [], {}, [], np.zeros(len(options.units))
+def measure_layer(view: Canonical, place: int, level: float, options: Options) -> dict[str, np.ndarray]:
+    """Every horizon of the only layer of `view`, by name; the leading axis of a per-channel result is the head.
+
+    `place` is the layer's in the trace: a shuffle of its own.
+    """
+    threshold = core.reach(level, view.decay(0))
+    size = options.longest + 3
+    totals = {kind: Counts(*np.zeros((2, len(options.units), size), dtype=np.int64)) for kind in KINDS}
+    indices = [
+        [int(np.searchsorted(view.positions(row), token)) for token in options.tokens] for row in range(view.n_rows)
+    ]
+    channels, spans, tokens = [], [], np.zeros(len(options.units))
     for heads in blocks(view):
-        rows = [view.row(layer, row, heads) for row in range(view.n_rows)]
+        rows = [view.row(0, row, heads) for row in range(view.n_rows)]
         parts = [_part(rows[row], part) for row, part in options.units]
         spans.append(np.stack([delta for delta, _ in parts]))
         tokens = np.array([count for _, count in parts])
-        shuffled, means = orders(rows, layer, options.seed), [np.divide(*_part(row, slice(None))) for row in rows]
-        for i, head in enumerate(range(view.n_heads)[heads]):
-            pieces = []
-            for states in state_slices(rows, threshold.shape[1]):
-                reach = threshold[head, states]
-                tally = {
-                    kind: _tally(_path(rows, i, kind, shuffled, means), rows, reach, kind, options) for kind in KINDS
-                }
-                pieces.append(_channel(tally, options) | _at(rows, i, reach, options.tokens))
-                _add(totals, tally)
-            channels.append({name: np.concatenate([piece[name] for piece in pieces], -1) for name in pieces[0]})
+        shuffled, means = orders(rows, place, options.seed), [np.divide(*_part(row, slice(None))) for row in rows]
+        for channel, reach in zip(_channels(rows, shuffled, means), threshold[heads], strict=True):
+            channels.append(_measure(channel, reach, indices, totals, options))
     parts = {name: np.stack([channel[name] for channel in channels]) for name in channels[0]}
     parts = {name: values if name.startswith("token_") else _state_first(values) for name, values in parts.items()}
     elapsed = np.concatenate(spans, axis=1)
-    parts |= _reference(parts, view.decay(layer), threshold, elapsed, tokens)
+    parts |= _reference(parts, view.decay(0), threshold, elapsed, tokens)
     return parts | summary(parts, totals, threshold, elapsed, tokens, options)
 
 
+def held(view: Canonical, layer: int, names: list[str]) -> Canonical:
+    """One layer alone, read once into memory if it fits in `LAYER_BYTES`, otherwise read as its blocks are."""
+    if not all(view.contiguous(row) for row in range(view.n_rows)):
+        names = [*names, *({"delta_cumsum"} & set(view.trace.data_vars))]
+    trace = (
+        view.trace[[*names, "valid", "position"]]
+        .isel(layer=slice(layer, layer + 1))
+        .assign_coords(layer=view.layers[layer : layer + 1])
+    )
+    return Canonical(trace.load() if trace.nbytes <= LAYER_BYTES else trace, "delta", "A")
+
+
 def blocks(view: Canonical) -> Iterator[slice]:
-    """Blocks of channels whose delta fits in `BLOCK_BYTES`."""
+    """Blocks of channels whose delta and cumulative sum fit in `BLOCK_BYTES`; larger ones where a block is read."""
+    limit = BLOCK_BYTES if view.trace["delta"].chunks is None else max(BLOCK_BYTES, LAYER_BYTES // 2)
     bytes_each = 2 * 8 * max(1, int(view.valid.sum()))
-    step = max(1, BLOCK_BYTES // bytes_each)
+    step = max(1, limit // bytes_each)
     for start in range(0, view.n_heads, step):
         yield slice(start, start + step)
 
 
-def state_slices(rows: list[Row], n_states: int) -> list[slice]:
+def state_slices(positions: list[np.ndarray], n_states: int) -> list[slice]:
     """Slices of the states, few at a time where rows are long."""
-    step = max(1, STATE_ELEMENTS // sum(len(row.position) for row in rows))
+    step = max(1, STATE_ELEMENTS // sum(map(len, positions)))
     return [slice(start, start + step) for start in range(0, n_states, step)]
 
 
@@ -78,71 +94,34 @@ def _state_first(values: np.ndarray) -> np.ndarray:
     return np.moveaxis(values, -1, 1)
 
 
-def _path(
-    rows: list[Row], head: int, kind: str, shuffled: list[np.ndarray], means: list[np.ndarray]
-) -> list[np.ndarray]:
-    """Cumulative delta of a channel in each row: as executed, shuffled, or with delta at the row's mean."""
-    if kind == "null_shuffle":
-        return [np.cumsum(row.delta[order, head]) for row, order in zip(rows, shuffled, strict=False)]
-    if kind == "null_lti":
-        return [mean[head] * (row.position - row.position[0] + 1.0) for row, mean in zip(rows, means, strict=True)]
-    return [row.cumulative[:, head] for row in rows]
+def _channels(rows: list[Row], shuffled: list[np.ndarray], means: list[np.ndarray]) -> Iterator[Channel]:
+    """Each channel of a block, its tokens side by side in memory."""
+    delta, cumulative = ([np.ascontiguousarray(getattr(row, of).T) for row in rows] for of in ("delta", "cumulative"))
+    positions = [row.position for row in rows]
+    for i, mean in enumerate(zip(*means, strict=True)):
+        nulls = [Path(np.cumsum(of[i].take(order))) for of, order in zip(delta, shuffled, strict=False)]
+        yield Channel(positions, [Path(of[i]) for of in cumulative], nulls, np.array(mean))
 
 
-def _tally(
-    paths: list[np.ndarray], rows: list[Row], threshold: Float[np.ndarray, " state"], kind: str, options: Options
-) -> Counts:
-    """Horizons counted by unit of resampling, by the same rule for what was executed and for its nulls."""
-    size = max(int(row.position[-1] - row.position[0]) for row in rows) + 3
-    exact = np.zeros((len(options.units), len(threshold), size), dtype=np.int64)
-    least = np.zeros_like(exact)
-    horizon = core.backward if kind == "backward" else core.forward
-    for i, (row, cumulative) in enumerate(zip(rows, paths, strict=False)):
-        steps, censored = horizon(cumulative, threshold, row.position)
-        for unit, (of, part) in enumerate(options.units):
-            if of == i:
-                exact[unit] = core.counts(steps[:, part], censored[:, part], size)
-                least[unit] = core.counts(steps[:, part], np.zeros_like(censored[:, part]), size)
-    return Counts(exact, least)
-
-
-def _add(totals: dict[str, Counts], tally: dict[str, Counts]) -> None:
-    """Add the counts of a channel, summed over its states, to those of the layer."""
-    for kind, counts in tally.items():
-        exact, least = counts.exact.sum(axis=1), counts.least.sum(axis=1)
-        if kind in totals:
-            exact, least = exact + totals[kind].exact, least + totals[kind].least
-        totals[kind] = Counts(exact, least)
-
-
-def _channel(tally: dict[str, Counts], options: Options) -> dict[str, np.ndarray]:
-    """Statistics of each state, state last."""
-    parts = {}
-    for kind, counts in tally.items():
-        exact, least = counts.exact.sum(axis=0), counts.least.sum(axis=0)
-        parts[f"{kind}_horizon"] = found_quantiles(exact).T
-        parts[f"{kind}_horizon_at_least"] = found_quantiles(least).T
-        parts[f"{kind}_censored_share"] = share(exact)
-        if kind in ("forward", "backward"):
-            survived = survival.curve(exact, least)
-            parts[f"{kind}_km_horizon"] = survival.curve_quantiles(survived, QUANTILES).T
-            parts[f"{kind}_restricted_mean"] = survival.restricted_mean(survived, options.within)
-    return parts
-
-
-def _at(
-    rows: list[Row], head: int, threshold: Float[np.ndarray, " state"], tokens: tuple[int, ...]
-) -> dict[str, np.ndarray]:
-    """Horizons of the requested tokens: (batch, query_token, state)."""
-    parts = {}
-    for kind, horizon in (("forward", core.forward), ("backward", core.backward)) if tokens else ():
-        both = [horizon(row.cumulative[:, head], threshold, row.position) for row in rows]
-        at = [[row.index(token) for token in tokens] for row in rows]
-        steps = np.stack([steps[:, i].T for (steps, _), i in zip(both, at, strict=True)]).astype(float)
-        censored = np.stack([censored[:, i].T for (_, censored), i in zip(both, at, strict=True)])
-        parts[f"token_{kind}_horizon"] = np.where(censored, np.inf, steps)
-        parts[f"token_{kind}_horizon_at_least"] = steps
-    return parts
+def _measure(
+    channel: Channel, threshold: Float[np.ndarray, " state"], indices: list[list[int]], totals: dict[str, Counts],
+    options: Options,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Statistics of a channel, state last; its counts are added to those of the layer."""
+    pieces = []
+    whole = channel.contiguous and not options.tokens and all(part == slice(None) for _, part in options.units)
+    kinds = [kind for kind in KINDS if kind != "backward" or not whole]
+    for states in state_slices(channel.positions, len(threshold)):
+        horizons = channel.horizons(threshold[states], kinds)
+        tallies = {kind: tally(of, len(threshold[states]), options) for kind, of in horizons.items()}
+        if "backward" not in kinds:
+            least = tallies["forward"].least
+            first = np.stack([steps[:, 0] for steps, _ in horizons["forward"]])
+            tallies["backward"] = Counts(core.mirrored(least, first), least)
+        pieces.append(statistics(tallies, options.within) | (at(horizons, indices) if options.tokens else {}))
+        for kind, counts in tallies.items():
+            totals[kind].add(counts)
+    return {name: np.concatenate([piece[name] for piece in pieces], -1) for name in pieces[0]}
 
 
 def _reference(

@@ -16,8 +16,10 @@ from mamba_probe.analyses.memory_horizon.summary import with_interval
 __all__ = ["mean_distance", "measure_mass"]
 
 
-def measure_mass(view: Canonical, layer: int, options: Options) -> dict[str, np.ndarray]:
-    """Mass horizon of each requested token: (batch, query_token, head), as executed and once time-invariant.
+def measure_mass(view: Canonical, options: Options) -> dict[str, np.ndarray]:
+    """Mass horizon of each requested token, (batch, query_token, head), as executed and once time-invariant.
+
+    `view` holds one layer.
 
     Raises:
         ValueError: tokens of a row are missing.
@@ -30,7 +32,7 @@ def measure_mass(view: Canonical, layer: int, options: Options) -> dict[str, np.
                 f"mass needs every token before a query, and those of row {row} are not contiguous: record all tokens"
             )
         for heads in blocks(view):
-            frame = _Frame(view, layer, row, heads)
+            frame = _Frame(view, row, heads)
             for q, token in enumerate(options.tokens):
                 at = frame.row.index(token)
                 found["mass_horizon"][row, q, heads] = frame.executed(at)
@@ -65,15 +67,15 @@ def _median(draws: Int[np.ndarray, " row"], values: np.ndarray) -> np.ndarray:
 class _Frame:
     """delta, A, B and C of some heads of one row, and the rows of hidden attention they make."""
 
-    def __init__(self, view: Canonical, layer: int, row: int, heads: slice):
-        self.row: Row = view.row(layer, row, heads)
-        self.zoh, self.A = view.zoh, view.matrix(layer)[heads]
+    def __init__(self, view: Canonical, row: int, heads: slice):
+        self.row: Row = view.row(0, row, heads)
+        self.zoh, self.A = view.zoh, view.matrix(0)[heads]
         if view.constant:  # one B and C for all tokens: kept so
-            index = {"layer": layer, view.head_dim: heads}
+            index = {"layer": 0, view.head_dim: heads}
             self.B, self.C = (view.trace[name].isel(index).values[None].astype(complex) for name in ("B", "C"))
             self.groups = np.arange(len(self.A))
         else:
-            (self.B, self.C), self.groups = view.selection(layer, row), view.groups()[heads]
+            (self.B, self.C), self.groups = view.selection(0, row), view.groups()[heads]
         self.means = (self.row.delta.mean(0), self.B.mean(0, keepdims=True), self.C.mean(0))
 
     def executed(self, at: int) -> Float[np.ndarray, " head"]:

@@ -8,7 +8,7 @@ import xarray as xr
 from mamba_probe.analyses.common import Canonical, described, refuse
 from mamba_probe.analyses.memory_horizon.asked import asked, asked_levels
 from mamba_probe.analyses.memory_horizon.labels import entry, level_free
-from mamba_probe.analyses.memory_horizon.layer import measure_layer
+from mamba_probe.analyses.memory_horizon.layer import held, measure_layer
 from mamba_probe.analyses.memory_horizon.mass import measure_mass
 from mamba_probe.analyses.memory_horizon.options import EVENTS, QUANTILES, Options, lags
 from mamba_probe.analyses.memory_horizon.sources import checked, measure_sources
@@ -76,20 +76,21 @@ def measure(
     """
     refuse("memory_horizon", weights=weights, interventions=interventions, baseline=baseline)
     levels = asked_levels(level)
-    view = Canonical(trace, "delta", "A", *(("B", "C") if mass else ()))
+    names = ["delta", "A", *(("B", "C") if mass else ())]
+    view = Canonical(trace, *names)
     options = asked(view, tokens, event_tokens, epsilon, token_blocks, mass, n_bootstrap, seed)
     placed = checked(view, jacobian)
     sources = next(iter(placed.values()))["source_token"].values.tolist() if placed else []
-    found = []
-    for retention in levels.values():
-        layers = []
-        for layer in range(view.n_layers):
-            layers.append(measure_layer(view, layer, retention, options))
-            if sources:
-                layers[-1] |= measure_sources(view, layer, placed.get(layer), sources, retention)
-            if not found:
-                layers[-1] |= measure_steps(view, layer, options) | (measure_mass(view, layer, options) if mass else {})
-        found.append({name: np.stack([layer[name] for layer in layers]) for name in layers[0]})
+    layers = []
+    for place in range(view.n_layers):
+        layer = held(view, place, names)
+        at_levels = [measure_layer(layer, place, retention, options) for retention in levels.values()]
+        if sources:
+            for one, retention in zip(at_levels, levels.values(), strict=True):
+                one |= measure_sources(layer, placed.get(place), sources, retention)
+        at_levels[0] |= measure_steps(layer, place, options) | (measure_mass(layer, options) if mass else {})
+        layers.append(at_levels)
+    found = [{name: np.stack([one[name] for one in level]) for name in level[0]} for level in zip(*layers, strict=True)]
     attrs = _attrs(view, options, levels) | _jacobian_attrs(placed)
     coords = view.coords() | _coords(view, options, sources)
     return _joined(

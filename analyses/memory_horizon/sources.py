@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from mamba_probe.analyses.common import Canonical
 from mamba_probe.analyses.memory_horizon import core
 from mamba_probe.analyses.memory_horizon.options import QUANTILES
+from mamba_probe.analyses.memory_horizon.path import TIE
 
 __all__ = ["checked", "falls_for_good", "measure_sources"]
 
@@ -67,23 +68,23 @@ def falls_for_good(size: Float[np.ndarray, " token"], level: float) -> tuple[flo
     peak = size.max()
     if peak == 0:
         return np.nan, False
-    above = np.flatnonzero(size > level * peak * (1 + core.TIE))
+    above = np.flatnonzero(size > level * peak * (1 + TIE))
     return float(max(1, above[-1] + 1)), bool(above[-1] == len(size) - 1)
 
 
 def measure_sources(
-    view: Canonical, layer: int, jacobian: xr.Dataset | None, tokens: list[int], level: float
+    view: Canonical, jacobian: xr.Dataset | None, tokens: list[int], level: float
 ) -> dict[str, np.ndarray]:
-    """Jacobian horizons (batch, source_token) of one layer, and quantiles over its states of the frozen ones."""
+    """Jacobian horizons (batch, source_token) of the layer that `view` holds; quantiles over states of the frozen."""
     shape = (view.n_rows, len(tokens))
     found = {name: np.full(shape, np.nan) for name in ("jacobian_horizon", "jacobian_horizon_at_least")}
     frozen = {name: np.full((*shape, len(QUANTILES)), np.nan) for name in _FROZEN}
     if jacobian is None:
         return found | frozen
-    threshold = core.reach(level, view.decay(layer))
+    threshold = core.reach(level, view.decay(0))
     size = jacobian["jacobian"].transpose("batch", "source_token", "token").values
     for row in range(view.n_rows):
-        steps = view.row(layer, row)
+        steps = view.row(0, row)
         for i, token in enumerate(tokens):
             at = steps.index(token)
             least, censored = falls_for_good(size[row, i, view.valid[row]][at:], level)
@@ -104,6 +105,6 @@ def _frozen(
 ) -> tuple[Float[np.ndarray, " channel_state"], Bool[np.ndarray, " channel_state"]]:
     """Frozen horizon of the first token in every channel and state, and whether it is censored: then the least."""
     passed = cumulative - cumulative[0]
-    reached = [np.searchsorted(passed[:, head], reach * (1 - core.TIE)) for head, reach in enumerate(threshold)]
+    reached = [np.searchsorted(passed[:, head], reach * (1 - TIE)) for head, reach in enumerate(threshold)]
     steps = np.maximum(np.concatenate(reached), 1)
     return steps.astype(float), steps == len(cumulative)

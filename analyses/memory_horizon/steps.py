@@ -18,23 +18,26 @@ BINS = 20
 Sums = Float[np.ndarray, "row head state event"]
 
 
-def measure_steps(view: Canonical, layer: int, options: Options) -> dict[str, np.ndarray]:
-    """Mean decay of every head and state, and what happens around the events."""
-    A, rows = view.decay(layer), range(view.n_rows)
+def measure_steps(view: Canonical, place: int, options: Options) -> dict[str, np.ndarray]:
+    """Mean decay of every head and state of the only layer of `view`, and what happens around the events.
+
+    `place` is the layer's in the trace: a shuffle of its own.
+    """
+    A, rows = view.decay(0), range(view.n_rows)
     shape = (view.n_rows, *A.shape)
     sums, null = np.zeros((*shape, 3)), np.zeros((*shape, 3))
     count, sigma = np.zeros((view.n_heads, 3, BINS), dtype=np.int64), np.zeros(shape)
-    sides = [np.sign(view.positions(row) - (options.events or (0,) * view.n_rows)[row]) + 1 for row in rows]
-    n = np.stack([np.bincount(side, minlength=3) for side in sides]).astype(float)
+    sides = [_sides(view.positions(row), (options.events or (0,) * view.n_rows)[row]) for row in rows]
+    n = np.array([[side.stop - side.start for side in of] for of in sides], dtype=float)
     for heads in blocks(view):
-        held = [view.row(layer, row, heads) for row in rows]
-        shuffled = orders(held, layer, options.seed)
+        held = [view.row(0, row, heads) for row in rows]
+        shuffled = orders(held, place, options.seed)
         for row, i, head, states, decay in _decays(held, A[heads], range(view.n_heads)[heads]):
             sums[row, head, states] = _by_side(decay, sides[row])
             if options.events:
                 count[head] += _binned(decay, sides[row])
                 sigma[row, head, states] = -A[head, states] * _after(held[row], i, options.events[row])
-                null[row, head, states] = _by_side(decay[shuffled[row]], sides[row]) if shuffled else np.nan
+                null[row, head, states] = _by_side(decay[:, shuffled[row]], sides[row]) if shuffled else np.nan
     found = {"mean_decay": sums.sum((0, -1)) / n.sum()}
     return found | (_events(sums, null, n, sigma, count, options) if options.events else {})
 
@@ -49,14 +52,21 @@ def needed_retention(n_after: Float[np.ndarray, " row"], epsilon: float) -> Floa
     return (1 - epsilon) ** (1 / steps)
 
 
+def _sides(position: Int[np.ndarray, " token"], event: int) -> list[slice]:
+    """Tokens before, at and after an event."""
+    start, end = (int(np.searchsorted(position, event, side)) for side in ("left", "right"))
+    return [slice(0, start), slice(start, end), slice(end, len(position))]
+
+
 def _decays(
     rows: list[Row], A: Float[np.ndarray, "head state"], heads: range
-) -> Iterator[tuple[int, int, int, slice, Float[np.ndarray, "token state"]]]:
+) -> Iterator[tuple[int, int, int, slice, Float[np.ndarray, "state token"]]]:
     """exp(A delta), a few states at a time: (row, head in the block, head, states, decay)."""
     for row, held in enumerate(rows):
-        for i, head in enumerate(heads):
-            for states in state_slices([held], A.shape[1]):
-                yield row, i, head, states, np.exp(np.outer(held.delta[:, i], A[i, states]))
+        for i, (head, delta) in enumerate(zip(heads, np.ascontiguousarray(held.delta.T), strict=True)):
+            for states in state_slices([held.position], A.shape[1]):
+                decay = np.outer(A[i, states], delta)
+                yield row, i, head, states, np.exp(decay, out=decay)
 
 
 def _after(row: Row, head: int, event: int) -> float:
@@ -67,14 +77,14 @@ def _after(row: Row, head: int, event: int) -> float:
     return float(row.cumulative[-1, head] - row.cumulative[at, head])
 
 
-def _by_side(decay: Float[np.ndarray, "token state"], side: Int[np.ndarray, " token"]) -> np.ndarray:
-    """Sum before, at and after the event: (state, event)."""
-    return np.stack([decay[side == s].sum(axis=0) for s in range(3)], axis=-1)
+def _by_side(decay: Float[np.ndarray, "state token"], sides: list[slice]) -> Float[np.ndarray, "state event"]:
+    """Sum before, at and after the event."""
+    return np.stack([decay[:, side].sum(axis=1) for side in sides], axis=-1)
 
 
-def _binned(decay: Float[np.ndarray, "token state"], side: Int[np.ndarray, " token"]) -> np.ndarray:
-    """Counts over all states: (event, bin)."""
-    return np.stack([np.histogram(decay[side == s], bins=BINS, range=(0.0, 1.0))[0] for s in range(3)])
+def _binned(decay: Float[np.ndarray, "state token"], sides: list[slice]) -> Int[np.ndarray, "event bin"]:
+    """Counts over all states."""
+    return np.stack([np.histogram(decay[:, side], bins=BINS, range=(0.0, 1.0))[0] for side in sides])
 
 
 def _mean(sums: np.ndarray, n: np.ndarray | np.floating) -> np.ndarray:

@@ -25,6 +25,13 @@ class Counts:
     exact: Int[np.ndarray, "*counted size"]
     least: Int[np.ndarray, "*counted size"]
 
+    def add(self, channel: "Counts") -> None:
+        """Add the counts of a channel (unit, state, size), summed over its states; its bins may end earlier."""
+        for ours, theirs in ((self.exact, channel.exact), (self.least, channel.least)):
+            more = theirs.sum(axis=1)
+            ours[:, : more.shape[1] - 1] += more[:, :-1]
+            ours[:, -1] += more[:, -1]
+
 
 def found_quantiles(count: Int[np.ndarray, "*shape size"]) -> Float[np.ndarray, "*shape quantile"]:
     """Quantiles along the last axis; NaN where nothing was counted."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Inexact, Int
+from scipy.special import expit
 
 from mamba_probe.analyses.common import attention_row
 
@@ -73,7 +74,7 @@ def silu(a: float | Float[np.ndarray, "*shape"]) -> float | Float[np.ndarray, "*
     >>> silu(np.array([0.0, 1.0, -1000.0])).round(4).tolist()
     [0.0, 0.7311, -0.0]
     """
-    return a * np.exp(-np.logaddexp(0.0, -a))
+    return a * expit(a)
 
 
 def ratio(
@@ -112,7 +113,8 @@ def contribution(
     elapsed = (prompt.cumulative[query] - prompt.cumulative[sources]) * float(faded)
     groups = np.arange(len(prompt.A)) // (len(prompt.A) // prompt.B.shape[1])
     B = prompt.B[:1] if np.iscomplexobj(prompt.A) else prompt.B[sources]  # S4D's is constant
-    kernel = attention_row(prompt.delta[sources], elapsed, prompt.A, B, prompt.C[query], groups, prompt.zoh)
+    A = prompt.A if faded or prompt.zoh else np.zeros((len(prompt.A), 1))  # exp(0) = 1: all states are one
+    kernel = attention_row(prompt.delta[sources], elapsed, A, B, prompt.C[query], groups, prompt.zoh)
     return silu(prompt.z[query]) * prompt.x[sources] * kernel[..., None]
 
 

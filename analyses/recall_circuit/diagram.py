@@ -65,7 +65,7 @@ def diagram(result: xr.Dataset, ax: "Axes | None" = None, *, layer: int | None =
         ValueError: `layer` is not in the result, or it is a result of another analysis.
     """
     style.check(result, "recall_circuit")
-    panel: Axes = style.axes(ax)
+    result, panel = result.compute(), style.axes(ax)
     panel.set_axis_off()
     panel.set(xlim=(0, 1), ylim=(0, 1))
     if not bool(result["solved"]):
@@ -166,11 +166,12 @@ def _arrows(ax: "Axes", drawn: list[Part]) -> None:
     """From each part to the next one drawn, in the order of the computation."""
     for one, other in pairwise(drawn):
         (x, y), (to_x, to_y) = _corner(one), _corner(other)
-        if one.row == other.row:
-            ends = (x + WIDTH, y + HEIGHT / 2), (to_x, to_y + HEIGHT / 2)
-        else:
-            ends = (x + WIDTH / 2, y), (to_x + WIDTH / 2, to_y + HEIGHT)
-        ax.annotate("", ends[1], ends[0], arrowprops={"arrowstyle": "-|>", "color": "0.3", "shrinkA": 0, "shrinkB": 0})
+        start, end = (x + WIDTH, y + HEIGHT / 2), (to_x, to_y + HEIGHT / 2)
+        if one.row != other.row:
+            end = (to_x + WIDTH / 2, to_y + HEIGHT)
+            start, between = (end[0], (y + end[1]) / 2), x + WIDTH / 2
+            ax.plot([between, between, start[0]], [y, start[1], start[1]], color="0.3", linewidth=1.5)
+        ax.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "0.3", "shrinkA": 0, "shrinkB": 0})
 
 
 def _caption(ax: "Axes", result: xr.Dataset, layer: int) -> None:

@@ -13,7 +13,7 @@ from mamba_probe.analyses.recall_circuit.proportion import causal_share, wilson
 from mamba_probe.analyses.recall_circuit.scoring import Scores, score
 from mamba_probe.analyses.recall_circuit.signatures import IDS, SIGNATURES, absent, ideals
 from mamba_probe.analyses.recall_circuit.static import check_weights
-from mamba_probe.analyses.recall_circuit.verdict import RULE, nearest_layer, say
+from mamba_probe.analyses.recall_circuit.verdict import RULE, is_found, nearest_layer, say
 from mamba_probe.trace import require
 
 __all__ = ["measure"]
@@ -53,7 +53,7 @@ def measure(
         signature is NaN); offset, strongest (layer) [and baseline_offset, identity_error]; carried (layer, channel or
         head), matched (layer, group, state; not S4D), shifted (layer, channel; Mamba-1); tap_mass_B, tap_mass_C,
         tap_mass_x (layer, lag; S4D: x); causal_share, causal_low, causal_high, causal_accuracy (intervention); scalars
-        solved, accuracy, accuracy_low, accuracy_high, n_query, n_correct,
+        solved, found, accuracy, accuracy_low, accuracy_high, n_query, n_correct,
         n_scored, n_values, chance. The answer in one sentence: attrs["verdict"]. See `distance` and `diagram`.
 
     Raises:
@@ -177,13 +177,14 @@ def _causal(interventions: xr.Dataset | None, chance: float, solved: bool) -> di
     }
 
 
-def _accuracy(asked: Asked | None, solved: bool, n_scored: int) -> dict[str, Entry]:
+def _accuracy(asked: Asked | None, solved: bool, n_scored: int, found: bool = False) -> dict[str, Entry]:
     """Scalars: the gate and what stands behind it."""
     right, total = (int(asked.correct.sum()), int(asked.query.sum())) if asked else (0, 0)
     low, high = wilson(right, total) if total else (np.nan, np.nan)
     n_values = len(asked.values) if asked else 0
     scalars = {
         "solved": (solved, "lower bound of the accuracy above 0.5"),
+        "found": (found, "whether the strongest layer shows the circuit, by verdict_rule"),
         "accuracy": (right / total if total else np.nan, "share of queries answered correctly"),
         "accuracy_low": (low, "lower 95 % Wilson bound of the accuracy"),
         "accuracy_high": (high, "upper 95 % Wilson bound of the accuracy"),
@@ -254,7 +255,8 @@ def _result(
     arrays = {"value": scores.value, "null": scores.null, "low": scores.low, "high": scores.high}
     best = nearest_layer(scores)
     entries = _layered(arrays | ({"baseline": twin.value} if twin else {}))
-    entries |= _offsets(scores.offset, np.arange(len(canonical.layers)) == best) | _accuracy(asked, True, n_scored)
+    entries |= _offsets(scores.offset, np.arange(len(canonical.layers)) == best)
+    entries |= _accuracy(asked, True, n_scored, is_found(scores, twin, best))
     for name, mass in scores.taps.items():
         entries[f"tap_mass_{name}"] = (
             ("layer", "lag"),

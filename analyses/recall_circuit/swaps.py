@@ -50,14 +50,14 @@ def lag_changes(
         tokens: where it is read.
         seed: of the distances.
     """
-    before, n = convolved(features, path), len(features)
+    before, n = convolved(features, path)[tokens], len(features)
     distances = np.random.default_rng(seed).permutation(np.arange(1, n))[:N_SWAPS]
-    found = np.zeros((len(tokens), path.conv.shape[1]))
+    found, unmoved = np.zeros((len(tokens), path.conv.shape[1])), silu(before)
     for lag, taps in enumerate(path.conv.T):
         here = tokens - lag
         for distance in distances:
             moved = taps * (features[(here + distance) % n] - features[here])
-            change = silu(before[tokens] + moved) - silu(before[tokens])
+            change = silu(before + moved) - unmoved
             read = change * path.read if path.read.ndim == 1 else change @ path.read.T
             found[:, lag] += (read**2).sum(axis=1)
     return found
@@ -73,18 +73,29 @@ def lag_swap(
         kind: measured, closed-form null. path: B, C, x. part: numerator, denominator; NaN for a path that is not.
     """
     found = np.full((len(offsets), 2, 3, 2), np.nan)
-    for i, offset in enumerate(offsets):
-        for j, (name, lags) in enumerate({"B": [offset + 1], "C": [0], "x": [offset]}.items()):
-            if name not in paths:
-                continue
-            path, width = paths[name], paths[name].conv.shape[1]
-            assert path.in_proj is not None
-            lags = [lag for lag in lags + [offset + 1] * (len(paths) == 1) if lag < width]
-            at = asked.query if name == "C" else asked.pairs + offset
-            at = at[(at >= width - 1) & (at < len(inputs))]
-            changes = lag_changes(inputs @ path.in_proj.T, path, at, seed).sum(axis=0)
-            found[i, :, j] = [[changes[lags].sum(), changes.sum()], [len(lags) / width, 1.0]]
+    for j, name in enumerate("BCx"):
+        if name not in paths:
+            continue
+        in_proj = paths[name].in_proj
+        assert in_proj is not None
+        features = inputs @ in_proj.T
+        scanned = offsets[:1] if name == "C" else offsets  # a query reads C, wherever its pair was written
+        found[:, :, j] = [_changed(features, name, paths, asked, offset, seed) for offset in scanned]
     return found
+
+
+def _changed(
+    features: Float[np.ndarray, "token feature"], name: str, paths: dict[str, Path], asked: Questions, offset: int,
+    seed: int,
+) -> Float[np.ndarray, "kind=2 part=2"]:  # fmt: skip
+    """S11 of one path at one offset, and its null."""
+    path, width = paths[name], paths[name].conv.shape[1]
+    lags = {"B": [offset + 1], "C": [0], "x": [offset] + [offset + 1] * (len(paths) == 1)}[name]
+    lags = [lag for lag in lags if lag < width]
+    at = asked.query if name == "C" else asked.pairs + offset
+    at = at[(at >= width - 1) & (at < len(features))]
+    changes = lag_changes(features, path, at, seed).sum(axis=0)
+    return np.array([[changes[lags].sum(), changes.sum()], [len(lags) / width, 1.0]])
 
 
 def and_index(

@@ -15,7 +15,7 @@ from mamba_probe.analyses.recall_circuit.core import (
     write_energy,
 )
 
-__all__ = ["ANSWERS", "ROUTES", "Answer", "Tally", "answer_shares", "match", "pair_scores", "retained", "tally"]
+__all__ = ["ANSWERS", "ROUTES", "Answer", "Tally", "answer_shares", "match", "pair_scores", "tally"]
 
 ANSWERS = ("S1", "S2", "S2_sum", "S3", "S4", "S5", "S6")
 """Means over queries, in the order of `tally`."""
@@ -38,6 +38,15 @@ class Tally:
     totals: Float[np.ndarray, "offset kind=2 signature=10 part=2"]
     carried: Float[np.ndarray, "offset head"]
     matched: Float[np.ndarray, "offset group state"]
+
+
+@dataclass(frozen=True)
+class Write:
+    """The write of the right pair, and what it gives at the query: as executed, and with all decay left out."""
+
+    token: int
+    given: Float[np.ndarray, " part"]
+    unfaded: Float[np.ndarray, " part"]
 
 
 @dataclass(frozen=True)
@@ -72,8 +81,19 @@ class Answer:
 
 def answer_shares(prompt: Prompt, asked: Answer) -> Float[np.ndarray, " source"]:
     """L_{t,s}[v*] of every source s <= t: what it adds to the right value's logit. `CHUNK` sources at a time."""
-    every, row = np.arange(asked.query + 1), asked.rows[asked.value]
-    return np.concatenate([asked.given(prompt, every[i : i + CHUNK]) @ row for i in range(0, len(every), CHUNK)])
+    return _read(prompt, asked, [])[0]
+
+
+def _read(
+    prompt: Prompt, asked: Answer, tokens: Sequence[int]
+) -> tuple[Float[np.ndarray, " source"], dict[int, Float[np.ndarray, " part"]]]:
+    """`answer_shares`, and what those of `tokens` that are sources give, by token."""
+    every, row, shares, kept = np.arange(asked.query + 1), asked.rows[asked.value], [], {}
+    for start in range(0, len(every), CHUNK):
+        given = asked.given(prompt, every[start : start + CHUNK])
+        shares.append(given @ row)
+        kept |= {token: given[token - start].copy() for token in tokens if start <= token < start + len(given)}
+    return np.concatenate(shares), kept
 
 
 def pair_scores(
@@ -100,13 +120,12 @@ def _strict_argmax(scores: Float[np.ndarray, " n"], index: int) -> float:
     return float(scores[index] > np.delete(scores, index).max())
 
 
-def retained(prompt: Prompt, asked: Answer, written: int, logits: Float[np.ndarray, " value"]) -> list[float]:
+def _retained(asked: Answer, write: Write) -> list[float]:
     """S4 of one query, as numerator and denominator: |L_{t,s*}|, and the same with all decay left out.
 
     Norms over the values. Complex modes may turn against one another: then it is above 1.
     """
-    unfaded = asked.rows @ asked.given(prompt, np.array([written]), faded=False)[0]
-    return [float(np.linalg.norm(logits)), float(np.linalg.norm(unfaded))]
+    return [float(np.linalg.norm(asked.rows @ given)) for given in (write.given, write.unfaded)]
 
 
 def match(
@@ -159,13 +178,15 @@ def tally(
     matched, selective = np.zeros((len(offsets), *prompt.B.shape[1:])), not np.iscomplexobj(prompt.A)
     for query, truth, value, frozen in zip(asked.query, asked.truth, asked.value, scale, strict=True):
         one = Answer(int(query), int(truth), int(value), frozen, read)
-        answers = answer_shares(prompt, one)
+        answers, given = _read(prompt, one, [one.truth + offset for offset in offsets])
         near = _near(asked.pairs, one, max(offsets))
         for i, offset in enumerate(offsets):
-            totals[i] += _ask(prompt, one, answers, asked.pairs + offset, one.truth + offset, near)
-            if one.truth + offset <= one.query:
-                carried[i] += _carried(prompt, one, one.truth + offset)
-                matched[i] += np.abs(prompt.C[one.query] * prompt.B[one.truth + offset]) * selective
+            token = one.truth + offset
+            write = Write(token, given[token], _unfaded(prompt, one, token)) if token in given else None
+            totals[i] += _ask(prompt, one, answers, asked.pairs + offset, write, near)
+            if write:
+                carried[i] += _carried(one, write, len(prompt.A))
+                matched[i] += np.abs(prompt.C[one.query] * prompt.B[write.token]) * selective
     routes = np.array([_routes(prompt, out_energy, asked, offset) for offset in offsets])
     return Tally(np.concatenate([totals, routes], axis=2), carried, matched)
 
@@ -177,31 +198,33 @@ def _near(pairs: Int[np.ndarray, " pair"], asked: Answer, furthest: int) -> Int[
     return np.arange(asked.truth, end + 1)
 
 
+def _unfaded(prompt: Prompt, asked: Answer, token: int) -> Float[np.ndarray, " part"]:
+    return asked.given(prompt, np.array([token]), faded=False)[0]
+
+
 def _ask(
     prompt: Prompt, asked: Answer, answers: Float[np.ndarray, " source"], pairs: Int[np.ndarray, " pair"],
-    written: int, near: Int[np.ndarray, " near"],
+    write: Write | None, near: Int[np.ndarray, " near"],
 ) -> Float[np.ndarray, "kind=2 signature=7 part=2"]:  # fmt: skip
-    """`ANSWERS` of one query, and their nulls."""
+    """`ANSWERS` of one query, and their nulls; `write` None: the pair would be written after the query."""
     candidates = pairs[pairs <= asked.query]
     share, chance, n = np.abs(answers), 1 / len(candidates), len(answers)
-    total, in_reach = share.sum(), written <= asked.query
-    index = int(np.searchsorted(candidates, written)) if in_reach else None
+    total = share.sum()
+    index = int(np.searchsorted(candidates, write.token)) if write else None
     margin, found, margin_null = match(prompt.C[asked.query], prompt.B[candidates], index)
-    pair, said, kept = 0.0, 0.0, [0.0, 0.0]
-    if in_reach:
-        logits = asked.rows @ asked.given(prompt, np.array([written]))[0]
-        pair, said = pair_scores(answers, logits, asked, candidates, written)
-        kept = retained(prompt, asked, written, logits)
-    alone = [share[written], total] if in_reach and total else [0.0, 1.0]
-    summed = share[near].sum() / total if total else 0.0
-    measured = [[pair, 1], [alone[0] / alone[1], 1], [summed, 1], [said, 1], kept, [margin, 1], [found, 1]]
+    pair, said, kept, alone = 0.0, 0.0, [0.0, 0.0], 0.0
+    if write:
+        pair, said = pair_scores(answers, asked.rows @ write.given, asked, candidates, write.token)
+        kept, alone = _retained(asked, write), share[write.token]
+    first, summed = (alone / total, share[near].sum() / total) if total else (0.0, 0.0)
+    measured = [[pair, 1], [first, 1], [summed, 1], [said, 1], kept, [margin, 1], [found, 1]]
     null = [chance, 1 / n, len(near) / n, 1 / len(asked.read), 0.0, margin_null, chance]
     return np.array([measured, [[value, 1.0] for value in null]])
 
 
-def _carried(prompt: Prompt, asked: Answer, written: int) -> Float[np.ndarray, " head"]:
-    parts = asked.given(prompt, np.array([written]))[0] * asked.rows[asked.value]
-    return np.abs(parts).reshape(len(prompt.A), -1).sum(axis=1)
+def _carried(asked: Answer, write: Write, n_heads: int) -> Float[np.ndarray, " head"]:
+    """|L_{t,s*}[v*]| by head."""
+    return np.abs(write.given * asked.rows[asked.value]).reshape(n_heads, -1).sum(axis=1)
 
 
 def _routes(

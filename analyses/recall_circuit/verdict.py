@@ -6,7 +6,7 @@ from mamba_probe.analyses.recall_circuit.asked import Asked
 from mamba_probe.analyses.recall_circuit.scoring import Scores
 from mamba_probe.analyses.recall_circuit.signatures import IDS
 
-__all__ = ["RULE", "nearest_layer", "say"]
+__all__ = ["RULE", "is_found", "nearest_layer", "say"]
 
 RULE = (
     "a circuit is found when S1 and S3 of the strongest layer, at their lower bounds (values, without bounds), "
@@ -30,6 +30,11 @@ def _nearer_to_one(scores: Scores, twin: Scores | None, best: int, name: str) ->
     return bool((value if np.isnan(low) else low) > (1 + null) / 2)
 
 
+def is_found(scores: Scores, twin: Scores | None, best: int) -> bool:
+    """Whether the strongest layer shows the circuit, by `RULE`."""
+    return all(_nearer_to_one(scores, twin, best, name) for name in ("S1", "S3"))
+
+
 def say(scores: Scores, twin: Scores | None, best: int, layers: np.ndarray, asked: Asked) -> str:
     """What was found in the strongest layer, by `RULE`."""
     shown = [name for name in ("S1", "S3", "S6") if np.isfinite(scores.value[IDS.index(name), best])]
@@ -39,11 +44,10 @@ def say(scores: Scores, twin: Scores | None, best: int, layers: np.ndarray, aske
         if twin:
             null = max(null, twin.value[IDS.index(name), best])
         parts.append(f"{name} {value:.2f} (null {null:.2f})")
-    found = all(_nearer_to_one(scores, twin, best, name) for name in ("S1", "S3"))
     where = "in the state" if _nearer_to_one(scores, twin, best, "S6") else "outside the state (B and C do not tell)"
     head = f"recall circuit in layer {layers[best]}, written {scores.offset[best]} token(s) after the value"
     head = f"{head}, matched {where}"
-    if not found:
+    if not is_found(scores, twin, best):
         head = f"the task is solved, but no layer shows the key-value circuit; the nearest is layer {layers[best]}"
     accuracy = asked.correct.sum() / asked.query.sum()
     alone = f"; direct attribution of one of {len(layers)} layers" if len(layers) > 1 else ""

@@ -31,6 +31,9 @@ read-out that cancels to below this share of its terms."""
 RANGE_TOLERANCE = 1e-3
 """A kernel whose range is below this share of its peak is constant to a recording's rounding: it has no step."""
 
+ROTATED = 4096
+"""Functions of the basis rotated at a time."""
+
 SPIKE_WINDOW = 1024
 """Longest window in which the reference of a single token is computed; longer ones have the same."""
 
@@ -52,7 +55,8 @@ def fourier(kernel: Float[np.ndarray, "kernel token"]) -> Float[np.ndarray, "ker
     >>> fourier(np.array([[1.0, -1.0, 1.0, -1.0]])).round(6).tolist()
     [[0.0, 0.0, 2.0, 0.0]]
     """
-    return np.abs(np.fft.fft(kernel, axis=1, norm="ortho"))
+    half, size = np.abs(np.fft.rfft(kernel, axis=1, norm="ortho")), kernel.shape[1]
+    return np.concatenate([half, half[:, size - half.shape[1] : 0 : -1]], axis=1)
 
 
 def compaction(coefficient: Float[np.ndarray, "kernel coefficient"]) -> Float[np.ndarray, "kernel coefficient"]:
@@ -62,7 +66,8 @@ def compaction(coefficient: Float[np.ndarray, "kernel coefficient"]) -> Float[np
     [[0.64, 1.0]]
     """
     energy = np.sort(coefficient**2, axis=1)[:, ::-1]
-    return np.cumsum(energy, axis=1) / np.sum(energy, axis=1, keepdims=True)
+    found = np.cumsum(energy, axis=1)
+    return np.divide(found, np.sum(energy, axis=1, keepdims=True), out=found)
 
 
 def needed(
@@ -96,12 +101,12 @@ def best_wavelet(
     >>> [value.tolist() for value in found]
     [[1.0], [1.0], [1.0]]
     """
-    dead = np.isnan(coefficient[:, 0])
-    size = np.where(dead[:, None] | (level == 0), 0.0, np.abs(coefficient))
-    at = np.argmax(np.where(level == 0, -1.0, size), axis=1)
+    dead, first = np.isnan(coefficient[:, 0]), np.count_nonzero(level == 0)
+    size = np.abs(coefficient[:, first:])
+    at = first + np.argmax(size, axis=1)
     labels, start = np.unique(level, return_index=True)
     shift = at - start[np.searchsorted(labels, level[at])]
-    return np.where(dead, np.nan, size.max(axis=1)), np.where(dead, np.nan, level[at]), np.where(dead, np.nan, shift)
+    return size.max(axis=1), np.where(dead, np.nan, level[at]), np.where(dead, np.nan, shift)
 
 
 def spike_cosine(window: int, basis: Basis) -> float:
@@ -168,9 +173,11 @@ def coarse_cosines(
 ) -> tuple[Float[np.ndarray, " angle"], int]:
     """Cosines of the principal angles between the span of the kernels and some functions of the basis.
 
+    The other functions are first rotated until the kernels reach as few as there are kernels: that keeps all angles.
+
     Returns:
-        min(rank, number of functions) cosines, largest first, and the numerical rank of the kernels (tolerance
-        `RANK_TOLERANCE`).
+        min(rank, number of functions) cosines, largest first, and the numerical rank of the kernels: their
+        singular values above `RANK_TOLERANCE` of the largest, whose vectors make the span.
 
     >>> found = np.array([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
     >>> coarse_cosines(found, np.array([True, True, False, False]))
@@ -178,8 +185,19 @@ def coarse_cosines(
     """
     if not len(coefficient):
         return np.zeros(0), 0
-    found: Any = scipy.linalg.qr(coefficient.T, mode="economic", pivoting=True)
-    basis, triangle, _ = found
-    pivots = np.abs(np.diag(triangle))
-    rank = int(np.sum(pivots > RANK_TOLERANCE * pivots[0]))
-    return np.clip(scipy.linalg.svdvals(basis[coarse, :rank]), 0.0, 1.0), rank
+    short = np.concatenate([coefficient[:, coarse].T, _rotated(coefficient, ~coarse)])
+    basis, sigma, _ = np.linalg.svd(short, full_matrices=False)
+    rank = int(np.sum(sigma > RANK_TOLERANCE * sigma[0]))
+    return np.clip(scipy.linalg.svdvals(basis[: coarse.sum(), :rank]), 0.0, 1.0), rank
+
+
+def _rotated(
+    coefficient: Float[np.ndarray, "kernel coefficient"], chosen: Bool[np.ndarray, " coefficient"]
+) -> Float[np.ndarray, "rotated kernel"]:
+    """Coordinates on the chosen functions, rotated until at most as many functions as kernels are reached."""
+    functions = np.flatnonzero(chosen)
+    found: Any = np.empty((0, len(coefficient)))
+    for start in range(0, len(functions), ROTATED):
+        more = coefficient[:, functions[start : start + ROTATED]].T
+        found = np.linalg.qr(np.concatenate([found, more]), mode="r")
+    return found

@@ -9,22 +9,33 @@ real part. Three variants of the first two: as executed ("real"), the layer made
 shuffled in time ("null_shuffle").
 """
 
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
+import dask.config
 import numpy as np
 import xarray as xr
 from jaxtyping import Float, Inexact, Int
 
-from mamba_probe.analyses.common import Canonical, Row, attention_row
+from mamba_probe.analyses.common import Canonical, attention_row
 from mamba_probe.analyses.wavelet_alignment import core
+from mamba_probe.analyses.wavelet_alignment.selection import Selection, frozen
+from mamba_probe.trace import require
 
-__all__ = ["NULLS", "BlockKernels", "Kernels", "TraceKernels"]
+__all__ = ["NULLS", "Asked", "BlockKernels", "Kernels", "TraceKernels"]
 
 NULLS = ("null", "null_shuffle")
-AT_ONCE = 2**23
-"""Numbers of a (token, head) array held at once: longer rows are taken in smaller blocks of heads."""
+
+READ = 2**23
+"""Numbers of a (token, head) array read at once; more where one chunk of a store holds up to 4 times as many."""
+
+AT_ONCE = 2**19
+"""Numbers of a (head, token) array worked on at once: longer rows are taken in smaller blocks of heads."""
+
+Asked = tuple[int, int, str]
+"""A query (index among a row's valid tokens), the length of its window, and a variant."""
 
 
 class TraceKernels:
@@ -43,8 +54,9 @@ class TraceKernels:
     nulls = NULLS
 
     def __init__(self, trace: xr.Dataset, kind: str, read_out: object, seed: int) -> None:
-        self.trace, self.kind, self.seed = trace, kind, seed
-        self.view = view = Canonical(trace, *(("delta", "A") if kind == "write" else ("delta", "A", "B", "C")))
+        names = ("delta", "A") if kind == "write" else ("delta", "A", "B", "C")
+        self.trace, self.kind, self.seed = _trimmed(trace, *names), kind, seed
+        self.view = view = Canonical(self.trace, *names)
         rule = trace.attrs.get("discretization")
         if rule not in ("euler", "zoh"):
             raise ValueError(f"wavelet_alignment needs a trace of discretization 'euler' or 'zoh'; it says {rule!r}")
@@ -53,62 +65,101 @@ class TraceKernels:
         self.layers, self.batch = view.layers, view.coords()["batch"]
         self.n_rows, self.asked = view.n_rows, None
         self.positions, self.contiguous, self.head_dim = view.positions, view.contiguous, view.head_dim
-        self._loaded = lru_cache(maxsize=1)(self._load)
+        self.held = 0 if self.read_out is None else 2 * len(self.read_out)
+        self._selected = lru_cache(maxsize=1)(self._selection)
 
     def kernels(
-        self, layer: int, row: int, at: int, window: int, variant: str
-    ) -> Iterator[Float[np.ndarray, "kernel window"]]:
-        """Kernels of the token `at` over the `window` tokens that end there, a block of heads at a time.
+        self, layer: int, row: int, asked: Sequence[Asked]
+    ) -> Iterator[tuple[int, Float[np.ndarray, "kernel window"]]]:
+        """Kernels of all that is asked, (index in `asked`, block of kernels); what is stored is read once for all.
 
-        With a read-out there is one block: read_out @ (kernels of the heads).
+        With a read-out each has one block: read_out @ (kernels of the heads).
         """
-        size = max(1, AT_ONCE // len(self.positions(row)))
-        heads = [slice(at, at + size) for at in range(0, self.view.n_heads, size)]
-        blocks = (self._of_heads(layer, row, part, at, window, variant) for part in heads)
+        blocks = (
+            (i, block.heads, block.kernel(*one))
+            for block in self._blocks(layer, row)
+            for i, one in enumerate(asked)
+        )  # fmt: skip
         if self.read_out is None:
-            yield from blocks
+            yield from ((i, kernel) for i, _, kernel in blocks)
         else:
-            yield _read([(self.read_out[:, part], block) for part, block in zip(heads, blocks, strict=True)])
+            yield from enumerate(_read(self.read_out, blocks, len(asked)))
 
-    def _of_heads(self, layer: int, row: int, heads: slice, at: int, window: int, variant: str) -> np.ndarray:
-        rows, A, B, C, groups = self._loaded(layer, row, heads.start, heads.stop)
-        seen, zoh = slice(at + 1 - window, at + 1), self.view.zoh
-        if variant == "null":
-            mean = rows["real"].delta.mean(axis=0)
-            delta, elapsed = np.broadcast_to(mean, (window, len(mean))), mean * np.arange(window - 1, -1, -1.0)[:, None]
-            return attention_row(delta, elapsed, A, B.mean(axis=0)[None], C.mean(axis=0), groups, zoh).T
-        chosen = rows["shuffled" if variant == "null_shuffle" else "real"]
-        elapsed = chosen.cumulative[at] - chosen.cumulative[seen]
-        written, read = (values if len(values) == 1 else values[seen] for values in (B, C))
-        return attention_row(chosen.delta[seen], elapsed, A, written, read[-1], groups, zoh).T
+    def _blocks(self, layer: int, row: int) -> Iterator["_Block"]:
+        A, selection = self.view.matrix(layer), self._selected(layer, row)
+        n_tokens = len(self.positions(row))
+        order = np.random.default_rng([self.seed, row]).permutation(n_tokens)
+        chunks, size = self.trace["delta"].chunksizes.get(self.head_dim, ()), max(1, AT_ONCE // n_tokens)
+        for read in _slices(self.view.n_heads, chunks, max(1, READ // n_tokens)):
+            delta = self._steps(layer, row, read)
+            for start in range(0, delta.shape[1], size):
+                steps = np.ascontiguousarray(delta[:, start : start + size].T, dtype=np.float64)
+                heads = slice(read.start + start, read.start + start + len(steps))
+                yield _Block(heads, steps, A[heads], selection, order, self.view.zoh)
 
-    def _load(
-        self, layer: int, row: int, start: int, stop: int
-    ) -> tuple[dict[str, Row], np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """One block of heads: delta as executed and shuffled, A, and B, C with one token where they are constant."""
-        heads = slice(start, stop)
-        real, A = self.view.row(layer, row, heads), self.view.matrix(layer)[heads]
-        order = np.random.default_rng([self.seed, row]).permutation(len(real.delta))
-        shuffled = Row(real.delta[order], real.position, np.cumsum(real.delta[order], axis=0), real.contiguous)
-        B, C, groups = self._selection(layer, row, heads, A)
-        return {"real": real, "shuffled": shuffled}, A, B, C, groups
+    def _steps(self, layer: int, row: int, heads: slice) -> Float[np.ndarray, "token head"]:
+        """Step sizes as stored, checked in place: `Canonical.row` would hold several copies in float64."""
+        if self.view.constant:
+            return self.view.row(layer, row, heads).delta
+        found = self.trace["delta"].isel({"layer": layer, "batch": row, self.head_dim: heads})
+        with _alone():
+            delta = found.transpose("token", self.head_dim).values
+        valid = self.view.valid[row]
+        delta = delta if valid.all() else delta[valid]
+        if not (delta.min() >= 0 and delta.max() < np.inf):
+            self.view.row(layer, row, heads)  # raises, and names the first token
+        return delta
 
-    def _selection(
-        self, layer: int, row: int, heads: slice, A: Inexact[np.ndarray, "head decay"]
-    ) -> tuple[np.ndarray, np.ndarray, Int[np.ndarray, " head"]]:
+    def _selection(self, layer: int, row: int) -> Selection:
         if self.kind == "write":
-            one = np.ones((1, 1, A.shape[1]))
-            return one, one, np.zeros(len(A), dtype=int)
-        if not self.view.constant:
-            return *self.view.selection(layer, row), self.view.groups()[heads]
-        B, C = (self._constant(name, layer)[heads][None] for name in ("B", "C"))
-        return B, C, np.arange(len(A))
+            one = np.ones((1, 1, self.view.n_states))
+            return Selection(one, one, np.zeros(self.view.n_heads, dtype=int))
+        with _alone():
+            if self.view.constant:
+                B, C = (self._constant(name, layer)[None] for name in ("B", "C"))
+            else:
+                B, C = (np.asfortranarray(it) for it in self.view.selection(layer, row))  # tokens lie side by side
+        return Selection(B, C, self.view.groups())
 
     def _constant(self, name: str, layer: int) -> Inexact[np.ndarray, "head state"]:
         values = self.trace[name].isel(layer=layer).transpose(self.head_dim, "state").values
         if not np.all(np.isfinite(values)):
             raise ValueError(f"`{name}` is NaN or infinite in layer {self.layers[layer]}")
         return values.astype(np.promote_types(values.dtype, np.float64))
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Some heads of one (layer, row): all its valid tokens, of which each query takes a window."""
+
+    heads: slice
+    delta: Float[np.ndarray, "head token"]
+    A: Inexact[np.ndarray, "head decay"]
+    selection: Selection
+    order: Int[np.ndarray, " token"]
+    zoh: bool
+
+    @cached_property
+    def real(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.delta, np.cumsum(self.delta, axis=1)
+
+    @cached_property
+    def shuffled(self) -> tuple[np.ndarray, np.ndarray]:
+        delta = self.delta[:, self.order]
+        return delta, np.cumsum(delta, axis=1)
+
+    @cached_property
+    def mean(self) -> Float[np.ndarray, " head"]:
+        return self.delta.mean(axis=1)
+
+    def kernel(self, at: int, window: int, variant: str) -> Float[np.ndarray, "head window"]:
+        groups = self.selection.groups[self.heads]
+        if variant == "null":
+            return frozen(self.mean, self.A, self.selection.mean, groups, self.zoh, window)
+        delta, cumulative = self.shuffled if variant == "null_shuffle" else self.real
+        seen = slice(at + 1 - window, at + 1)
+        elapsed = cumulative[:, at : at + 1] - cumulative[:, seen]
+        return attention_row(delta[:, seen].T, elapsed.T, self.A, *self.selection.of(at, window), groups, self.zoh).T
 
 
 class BlockKernels:
@@ -123,6 +174,7 @@ class BlockKernels:
 
     nulls = ()
     head_dim = "kernel"
+    held = 0
 
     def __init__(self, jacobian: xr.Dataset) -> None:
         found = jacobian.get("jacobian")
@@ -153,25 +205,54 @@ class BlockKernels:
         return bool(np.all(np.diff(np.flatnonzero(self.valid[row])) == 1))
 
     def kernels(
-        self, layer: int, row: int, at: int, window: int, variant: str
-    ) -> Iterator[Float[np.ndarray, "kernel window"]]:
-        """Kernels of the token `at` over the `window` tokens that end there, in one block."""
-        query = int(np.flatnonzero(self.asked == self.positions(row)[at])[0])
-        values = self.values.isel(batch=row, query_token=query).values[:, self.valid[row]][:, at + 1 - window : at + 1]
-        if not np.all(np.isfinite(values)):
-            raise ValueError(f"`jacobian` is NaN or infinite at a valid token of row {row}")
-        yield values.astype(np.float64)
+        self, layer: int, row: int, asked: Sequence[Asked]
+    ) -> Iterator[tuple[int, Float[np.ndarray, "kernel window"]]]:
+        """Kernels of all that is asked, (index in `asked`, kernels)."""
+        for i, (at, window, _) in enumerate(asked):
+            query = int(np.flatnonzero(self.asked == self.positions(row)[at])[0])
+            values = self.values.isel(batch=row, query_token=query).values[:, self.valid[row]]
+            if not np.all(np.isfinite(values[:, at + 1 - window : at + 1])):
+                raise ValueError(f"`jacobian` is NaN or infinite at a valid token of row {row}")
+            yield i, values[:, at + 1 - window : at + 1].astype(np.float64)
 
 
 Kernels = TraceKernels | BlockKernels
 
 
-def _read(parts: list[tuple[np.ndarray, np.ndarray]]) -> Float[np.ndarray, "kernel window"]:
+def _alone() -> Any:
+    """Dask reads in this thread: many measurements side by side would each start a pool of threads, to no gain."""
+    return dask.config.set(scheduler="synchronous")
+
+
+def _trimmed(trace: xr.Dataset, *names: str) -> xr.Dataset:
+    """Without the tokens that are padding in every row before the first and after the last that is not: never read."""
+    require(trace, *names, "valid", "position")
+    held = np.flatnonzero(trace["valid"].transpose("batch", "token").values.any(axis=0))
+    return trace.isel(token=slice(held[0], held[-1] + 1)) if len(held) else trace
+
+
+def _slices(n_heads: int, chunks: tuple[int, ...], size: int) -> Iterator[slice]:
+    """Blocks of about `size` heads; of whole chunks, if none is above 4 times as large."""
+    ends = np.cumsum(chunks) if chunks and max(chunks) <= 4 * size else np.arange(1, n_heads + 1)
+    start = 0
+    while start < n_heads:
+        end = int(max(ends[ends <= start + size].max(initial=0), ends[ends > start][0]))
+        yield slice(start, end)
+        start = end
+
+
+def _read(
+    read_out: Float[np.ndarray, "kernel head"], blocks: Iterator[tuple[int, slice, np.ndarray]], n_asked: int
+) -> Iterator[Float[np.ndarray, "kernel window"]]:
     """Sum of read-outs; one that cancels to rounding (`RANK_TOLERANCE` of its terms) becomes exactly zero."""
-    found: Any = sum(read_out @ block for read_out, block in parts)
-    terms: Any = sum(np.abs(read_out) @ np.abs(block) for read_out, block in parts)
-    dead = np.abs(found).max(axis=1) <= core.RANK_TOLERANCE * np.max(terms, axis=1)
-    return np.where(dead[:, None], 0.0, found)
+    found: list[Any] = [0.0] * n_asked
+    terms: list[Any] = [0.0] * n_asked
+    for i, heads, kernel in blocks:
+        found[i] += read_out[:, heads] @ kernel
+        terms[i] += np.abs(read_out[:, heads]) @ np.abs(kernel)
+    for total, size in zip(found, terms, strict=True):
+        dead = np.abs(total).max(axis=1) <= core.RANK_TOLERANCE * np.max(size, axis=1)
+        yield np.where(dead[:, None], 0.0, total)
 
 
 def _read_out(view: Canonical, read_out: object) -> Float[np.ndarray, "kernel head"] | None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from mamba_probe.analyses.lti_limits.core import checked_counts
 from mamba_probe.analyses.wavelet_alignment import core, labels, summaries
 from mamba_probe.analyses.wavelet_alignment.basis import Basis, window_length
 from mamba_probe.analyses.wavelet_alignment.kernels import BlockKernels, Kernels, TraceKernels
-from mamba_probe.analyses.wavelet_alignment.statistics import ORDER_ERROR, SHARES, Settings, of_query
+from mamba_probe.analyses.wavelet_alignment.passes import SPANNING, of_row
+from mamba_probe.analyses.wavelet_alignment.statistics import ORDER_ERROR, SHARES, Settings
 
 __all__ = ["measure"]
 
@@ -24,6 +26,8 @@ LAST = -1
 
 Queries = Sequence[int] | Sequence[Sequence[int]] | np.ndarray | None
 Found = dict[str, np.ndarray]
+Kept = list[tuple[np.ndarray, np.ndarray]]
+"""Of each layer: indices of the kernels that are kept, and those at unit energy."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +112,13 @@ def measure(
     twin = None if baseline is None else _twin(source, baseline, kernel, read_out, seed)
     limits = {"n_sampled": n_sampled, "order_lags": order_lags, "n_span": n_span}
     plan = _plan(source, query_tokens, Basis(wavelet, mode), level, limits, exponentials)
-    found, totals = _measured(source, twin, plan)
+    if not 0 <= n_kept <= len(source.names):
+        raise ValueError(f"n_kept must be 0 to {len(source.names)}, the number of kernels; got {n_kept}")
+    found, totals, kept = _measured(source, twin, plan, n_kept)
     for variant, sums in totals.items():
         found |= summaries.summarised(sums, labels.PREFIX[variant], n_bootstrap, seed)
     found["spike_best_cosine"] = np.asarray(core.spike_cosine(int(plan.window.max()), plan.settings.basis))
-    found |= _kept(source, plan, found["best_cosine"], n_kept)
+    found |= _kept(source, plan, found["best_cosine"], kept)
     coords = _coords(source, plan, query_tokens, found)
     attrs = _attrs(source, baseline, plan, kernel, read_out is not None) | {
         "model": str((trace if jacobian is None else jacobian).attrs.get("model", "model")),  # type: ignore[union-attr]
@@ -226,30 +232,31 @@ def _queries(source: Kernels, row: int, query_tokens: Int[np.ndarray, " query_to
     return [int(token) - int(position[0]) for token in query_tokens]
 
 
-def _measured(source: Kernels, twin: Kernels | None, plan: Plan) -> tuple[Found, dict[str, Found]]:
-    """Numbers by kernel, executed and time-invariant, and what each variant's summaries need.
+def _measured(source: Kernels, twin: Kernels | None, plan: Plan, n_kept: int) -> tuple[Found, dict[str, Found], Kept]:
+    """Numbers by kernel, executed and time-invariant, what each variant's summaries need, and the kernels kept.
 
     Stacked over (layer, batch, query_token); one block of kernels is held at a time.
     """
-    of = {variant: (source, variant) for variant in ("real", *source.nulls)} | (
-        {} if twin is None else {"baseline": (twin, "real")}
-    )
-    details, totals = {}, {}
+    details, totals, kept = {}, {}, []
     shape = (len(source.layers), *plan.at.shape)
-    for layer, row, query in np.ndindex(shape):
-        at, window = int(plan.at[row, query]), int(plan.window[row, query])
-        for variant, (kernels, how) in of.items():
-            blocks = kernels.kernels(layer, row, at, window, how)
-            one, sums = of_query(blocks, len(kernels.names), plan.settings, references=variant == "real")
+    for layer, row in np.ndindex(shape[:2]):
+        where, own = (layer, row, plan.at[row], plan.window[row]), ("real", *source.nulls)
+        queries = of_row(source, dict(zip(own, own, strict=True)), *where, plan.settings, n_kept if row == 0 else 0)
+        if twin is not None:
+            queries = chain(queries, of_row(twin, {"baseline": "real"}, *where, plan.settings))
+        for variant, query in queries:
+            one, sums = query.result()
             totals.setdefault(variant, []).append(sums)
-            if variant in ("real", "null"):
+            if variant in SPANNING:
                 details.setdefault(variant, []).append(one)
+            if query.n_kept:
+                kept.append(query.kept)
     found = {
         labels.PREFIX[variant] + name: values
         for variant, parts in details.items()
         for name, values in _stacked(parts, shape).items()
     }
-    return found, {variant: _stacked(parts, shape) for variant, parts in totals.items()}
+    return found, {variant: _stacked(parts, shape) for variant, parts in totals.items()}, kept
 
 
 def _stacked(parts: list[Found], shape: tuple[int, ...]) -> Found:
@@ -257,30 +264,16 @@ def _stacked(parts: list[Found], shape: tuple[int, ...]) -> Found:
     return {name: values.reshape(*shape, *values.shape[1:]) for name, values in stacked.items()}
 
 
-def _kept(source: Kernels, plan: Plan, cosine: Float[np.ndarray, "layer batch query kernel"], n_kept: int) -> Found:
+def _kept(source: Kernels, plan: Plan, cosine: Float[np.ndarray, "layer batch query kernel"], kept: Kept) -> Found:
     """The kernels of the first row's first query that are nearest to a wavelet, with their projections on it."""
-    if n_kept < 0 or n_kept > cosine.shape[-1]:
-        raise ValueError(f"n_kept must be 0 to {cosine.shape[-1]}, the number of kernels; got {n_kept}")
-    if n_kept == 0:
+    if not kept:
         return {}
-    at, window, kernels, fits, cosines, indices = int(plan.at[0, 0]), int(plan.window[0, 0]), [], [], [], []
-    for layer, found in enumerate(cosine[:, 0, 0]):
-        index = np.sort(np.argsort(-np.nan_to_num(found, nan=-1.0), kind="stable")[:n_kept])
-        blocks = source.kernels(layer, 0, at, window, "real")
-        kernel = core.normalised(np.concatenate(list(_picked(blocks, index))))
-        kernels.append(kernel)
-        fits.append(_projected(kernel, plan.settings.basis))
-        cosines.append(found[index])
-        indices.append(source.names[index])
-    kept = {"kept_kernel": kernels, "kept_wavelet": fits, "kept_cosine": cosines, "kept_name": indices}
-    return {name: np.stack(values) for name, values in kept.items()}
-
-
-def _picked(blocks: Any, index: Int[np.ndarray, " kept"]) -> Any:
-    first = 0
-    for block in blocks:
-        yield block[index[(index >= first) & (index < first + len(block))] - first]
-        first += len(block)
+    return {
+        "kept_kernel": np.stack([kernel for _, kernel in kept]),
+        "kept_wavelet": np.stack([_projected(kernel, plan.settings.basis) for _, kernel in kept]),
+        "kept_cosine": np.stack([found[index] for found, (index, _) in zip(cosine[:, 0, 0], kept, strict=True)]),
+        "kept_name": np.stack([source.names[index] for index, _ in kept]),
+    }
 
 
 def _projected(kernel: Float[np.ndarray, "kept token"], basis: Basis) -> Float[np.ndarray, "kept token"]:

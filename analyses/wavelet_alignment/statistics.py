@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from mamba_probe.analyses.lti_limits.fits import fit_optimised
 from mamba_probe.analyses.wavelet_alignment import core
 from mamba_probe.analyses.wavelet_alignment.basis import Basis
 
-__all__ = ["MEANS", "MEDIANS", "ORDER_ERROR", "REFERENCE_MEANS", "SHARES", "Settings", "of_query"]
+__all__ = ["MEANS", "MEDIANS", "ORDER_ERROR", "REFERENCE_MEANS", "SHARES", "Query", "Settings"]
 
 SHARES = (0.9, 0.95, 0.99)
 """Shares of the energy whose coefficients are counted."""
@@ -59,37 +59,60 @@ class Settings:
     exponentials: tuple[int, ...]
 
 
-def of_query(blocks: Any, n_kernels: int, settings: Settings, references: bool) -> tuple[Statistics, Statistics]:
-    """Statistics of one query, from its kernels a block at a time.
+class Query:
+    """Statistics of one query's kernels, which come a block at a time.
 
     Args:
-        blocks: iterator over (kernel, window).
         n_kernels: how many there are in all.
         settings: what is measured.
-        references: whether to add the DFT and the fitted exponentials.
-
-    Returns:
-        Numbers by kernel and of the span; and what the summaries need: sums over kernels with energy, their count
-        `live`, and the values whose medians are taken.
+        executed: whether they are the kernels as executed: then beside the DFT and the fitted exponentials.
+        spanning: whether their span is compared with the coarse space: some of the kernels are held until the end.
+        n_kept: how many of those nearest to a wavelet are kept.
     """
-    sampled, spanning = (_even(n_kernels, n) for n in (settings.n_sampled, settings.n_span))
-    parts, span, first, window = [], [], 0, 0
-    for kernel in blocks:
-        here, window = slice(first, first + len(kernel)), kernel.shape[1]
-        coefficient = settings.basis.transform(core.normalised(kernel))
-        parts.append(_of_kernels(kernel, coefficient, sampled[here], settings, references))
-        span.append(coefficient[spanning[here] & ~np.isnan(coefficient[:, 0])])
-        first += len(kernel)
-    each = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    alive = ~np.isnan(each["best_cosine"])
-    means = MEANS + (REFERENCE_MEANS if references else ())
-    totals = {name: np.asarray(np.nansum(each[name][alive], axis=0)) for name in means} | {
-        name: each[name] for name in MEDIANS
-    }
-    curves = ("compaction", "dft_compaction")
-    details = {name: values for name, values in each.items() if name not in curves}
-    details["n_dead"] = np.asarray(float(np.sum(~alive)))
-    return details | _of_span(np.concatenate(span), window, settings), totals | {"live": np.asarray(float(alive.sum()))}
+
+    def __init__(self, n_kernels: int, settings: Settings, executed: bool, spanning: bool, n_kept: int = 0) -> None:
+        self.settings, self.executed, self.n_kept = settings, executed, n_kept
+        self.sampled = _even(n_kernels, settings.n_sampled)
+        self.spanning = _even(n_kernels, settings.n_span) if spanning else np.zeros(n_kernels, dtype=bool)
+        self.parts, self.span, self.first, self.window = [], [], 0, 0
+        self.kept: tuple[np.ndarray, np.ndarray] = np.empty(0, dtype=int), np.empty((0, 0))
+
+    def add(self, kernel: Float[np.ndarray, "kernel token"]) -> None:
+        """Measure the next block."""
+        here, self.window = slice(self.first, self.first + len(kernel)), kernel.shape[1]
+        scaled = core.normalised(kernel)
+        coefficient = self.settings.basis.transform(scaled)
+        found = _of_kernels(kernel, coefficient, self.sampled[here], self.settings)
+        if self.executed:
+            found |= _references(kernel, scaled, coefficient, self.sampled[here], self.settings)
+        self.parts.append(found)
+        self.span.append(coefficient[self.spanning[here] & ~np.isnan(coefficient[:, 0])])
+        self._keep(np.arange(here.start, here.stop), scaled)
+        self.first = here.stop
+
+    def _keep(self, index: Int[np.ndarray, " kernel"], scaled: Float[np.ndarray, "kernel token"]) -> None:
+        if self.n_kept:
+            index = np.concatenate([self.kept[0], index])
+            scaled = np.concatenate([self.kept[1].reshape(-1, self.window), scaled])
+            cosine = np.concatenate([part["best_cosine"] for part in self.parts])[index]
+            nearest = np.sort(np.argsort(-np.nan_to_num(cosine, nan=-1.0), kind="stable")[: self.n_kept])
+            self.kept = index[nearest], scaled[nearest]
+
+    def result(self) -> tuple[Statistics, Statistics]:
+        """Numbers by kernel and of the span; and what the summaries need: sums over kernels with energy, their count
+        `live`, and the values whose medians are taken.
+        """
+        each = {name: np.concatenate([part[name] for part in self.parts]) for name in self.parts[0]}
+        alive = ~np.isnan(each["best_cosine"])
+        means = MEANS + (REFERENCE_MEANS if self.executed else ())
+        totals = {name: np.asarray(np.nansum(each[name][alive], axis=0)) for name in means} | {
+            name: each[name] for name in MEDIANS
+        }
+        curves = ("compaction", "dft_compaction")
+        details = {name: values for name, values in each.items() if name not in curves}
+        details["n_dead"] = np.asarray(float(np.sum(~alive)))
+        details |= _of_span(np.concatenate(self.span), self.window, self.settings)
+        return details, totals | {"live": np.asarray(float(alive.sum()))}
 
 
 def _even(size: int, n: int) -> Bool[np.ndarray, " kernel"]:
@@ -101,14 +124,14 @@ def _even(size: int, n: int) -> Bool[np.ndarray, " kernel"]:
 
 def _of_kernels(
     kernel: Float[np.ndarray, "kernel token"], coefficient: Float[np.ndarray, "kernel coefficient"],
-    sampled: Bool[np.ndarray, " kernel"], settings: Settings, references: bool,
+    sampled: Bool[np.ndarray, " kernel"], settings: Settings,
 ) -> Statistics:  # fmt: skip
     window, energy = kernel.shape[1], coefficient**2
     level, coarse = settings.basis.levels(window), settings.basis.coarse(window, settings.level)
     cosine, at_level, shift = core.best_wavelet(coefficient, level)
     compacted = core.compaction(coefficient)
     count = core.needed(compacted, SHARES)
-    found = {
+    return {
         "n_coefficients": count,
         "coefficient_fraction": count / window,
         "effective_rank": core.effective_rank(coefficient),
@@ -123,15 +146,14 @@ def _of_kernels(
         "discontinuity_index": core.discontinuity_index(kernel),
         "lti_order": _sampled(kernel, sampled, lambda some: core.lti_order(some, ORDER_ERROR, settings.order_lags)),
     }
-    return found | (_references(kernel, compacted, sampled, settings) if references else {})
 
 
 def _references(
-    kernel: Float[np.ndarray, "kernel token"], compacted: Float[np.ndarray, "kernel coefficient"],
-    sampled: Bool[np.ndarray, " kernel"], settings: Settings,
+    kernel: Float[np.ndarray, "kernel token"], scaled: Float[np.ndarray, "kernel token"],
+    coefficient: Float[np.ndarray, "kernel coefficient"], sampled: Bool[np.ndarray, " kernel"], settings: Settings,
 ) -> Statistics:  # fmt: skip
     """The kernels in the unitary DFT; where asked for, the error of fitted exponentials and of as many wavelets."""
-    modulus = core.fourier(core.normalised(kernel))
+    modulus = core.fourier(scaled)
     in_dft = core.compaction(modulus)
     found = {
         "dft_n_coefficients": core.needed(in_dft, SHARES),
@@ -139,7 +161,7 @@ def _references(
         "dft_compaction": _curve(in_dft, settings.depth),
     }
     if settings.exponentials:
-        counts = np.array(settings.exponentials)
+        counts, compacted = np.array(settings.exponentials), core.compaction(coefficient)
         found["n_term_error"] = np.sqrt(np.maximum(1 - compacted[:, counts - 1], 0.0))
         errors = [_sampled(kernel, sampled, lambda some, n=n: _fitted(some, n)) for n in settings.exponentials]
         found["exponential_error"] = np.stack(errors, axis=1)
@@ -179,10 +201,10 @@ def _by_level(
     energy: Float[np.ndarray, "kernel coefficient"], level: np.ndarray, depth: int
 ) -> Float[np.ndarray, "kernel level"]:
     """Energy of the scaling functions (0) and of the levels 1 (finest) to `depth`; NaN at levels the window lacks."""
-    columns = [
-        energy[:, level == j].sum(axis=1) if j in level else np.full(len(energy), np.nan) for j in range(depth + 1)
-    ]
-    return np.stack(columns, axis=1)
+    found = np.full((len(energy), depth + 1), np.nan)
+    for j, first, size in zip(*np.unique(level, return_index=True, return_counts=True), strict=True):
+        found[:, j] = energy[:, first : first + size].sum(axis=1)
+    return found
 
 
 def _curve(compacted: Float[np.ndarray, "kernel coefficient"], depth: int) -> Float[np.ndarray, "kernel size"]:

@@ -255,7 +255,8 @@ _ANALYSES: dict[str, tuple[str, str, str, _Say]] = {
         " (margin, accuracy). S7: share of the write energy at pairs. S9: share of the gate's energy on keys. S10: the"
         " convolution's taps shift the key by one token; S11: so does its effect. S12, S13: an S4D channel writes one"
         " key with one value, and reads it at that key. Causal share: what an edit takes away of the accuracy above"
-        " chance (above 1: it fell below chance). Each layer by direct attribution: later layers are not followed.",
+        " chance (above 1: it fell below chance). Each layer by direct attribution: later layers are not followed."
+        " The diagram is of the circuit found, drawn from these measurements; where none is found there is none.",
         _recall,
     ),
     "memory_horizon": (

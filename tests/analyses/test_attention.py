@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mamba_probe.analyses.common import attention_row
+from mamba_probe.analyses.common import attention, attention_row
 
 TOKENS, HEADS, STATES = 37, 6, 5
 
@@ -43,3 +43,34 @@ def test_a_constant_input_vector_stands_for_all_sources() -> None:
     elapsed = np.cumsum(delta, axis=0)[::-1]
     whole, one = (attention_row(delta, elapsed, A, given, C[0], groups, True) for given in (B, B[:1]))
     np.testing.assert_array_equal(whole, one)
+
+
+@pytest.mark.parametrize("tile", [1, 7, 64, 2**14])
+@pytest.mark.parametrize("zoh", [False, True])
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "s4d"])
+def test_tiles_leave_out_nothing_that_float64_holds(family: str, zoh: bool, tile: int, monkeypatch) -> None:
+    """Decays from 1 through subnormal numbers to 0, of a source now near and now far: as the formula all at once."""
+    rng = np.random.default_rng(2)
+    delta, A, B, C, groups = parts(family, rng)
+    A[1:3] *= 400  # these die within a few tokens
+    A[0] = A[0].imag * 1j if family == "s4d" else 0.0  # and this never
+    elapsed = rng.permutation(np.cumsum(delta, axis=0)[::-1] * 30)
+    exponent = elapsed[..., None] * A
+    write = np.expm1(delta[..., None] * A) / np.where(A == 0, 1, A) if zoh else delta[..., None]
+    write = np.where(A == 0, delta[..., None], write)
+    terms = np.exp(exponent) * write * (B * C[0])[:, groups]
+    whole = terms.sum(axis=-1)
+    assert ((np.abs(np.exp(exponent)) < 1e-308) & (exponent.real > -745)).any()
+    monkeypatch.setattr(attention, "TILE", tile)
+    row = attention_row(delta, elapsed, A, B, C[0], groups, zoh)
+    wanted = 2 * whole.real if family == "s4d" else whole
+    np.testing.assert_array_less(np.abs(row - wanted), 1e-13 * np.abs(terms).sum(axis=-1) + 1e-320)
+    alive = (exponent.real > -700).any(axis=-1)
+    assert (row[alive] != 0).all()
+    assert (row[(exponent.real < -746).all(axis=-1)] == 0).all()
+
+
+def test_the_smallest_number_of_float64_is_kept() -> None:
+    one = np.ones((2, 1, 1))
+    row = attention_row(one[:, 0], np.array([[745.1], [0.0]]), -one[0], one, one[0], np.array([0]))
+    assert row.ravel().tolist() == [5e-324, 1.0]

@@ -1,5 +1,8 @@
 """Hidden attention: against loops, derivatives of the scan and the models' own outputs; every mutation is caught."""
 
+from collections import Counter
+
+import dask.array as da
 import numpy as np
 import pytest
 import torch
@@ -261,3 +264,24 @@ def test_streams_hold_no_more_than_a_block(monkeypatch):
     sizes = [block.row.delta.nbytes for block in stream.blocks(view, 0, 0, 0)]
     assert len(sizes) == 8
     assert max(sizes) == 8 * 37 * 7
+
+
+@pytest.mark.parametrize(("most", "times"), [(100, {1}), (7, {1}), (4, {1, 2})])
+def test_chunks_of_a_store_are_read_once_if_they_fit(most, times, monkeypatch):
+    """Chunks of 6 heads, at most so many heads read at once, blocks of 4 worked on."""
+    trace, read = synthetic(heads=20), Counter()
+    delta = trace["delta"].values
+
+    def chunk(block_id):
+        read[block_id] += 1
+        return delta[block_id[0], block_id[1], None, None, :, 6 * block_id[3] : 6 * block_id[3] + 6]
+
+    chunks = ((1, 1), (1, 1), (37,), (6, 6, 6, 2))
+    lazy = da.map_blocks(chunk, chunks=chunks, dtype="float32", meta=np.empty((0, 0, 0, 0), "float32"))
+    monkeypatch.setattr(stream, "READ_BYTES", 8 * 37 * most)
+    monkeypatch.setattr(stream, "BLOCK_BYTES", 8 * 37 * 4)
+    result = hidden_attention.measure(trace.assign(delta=(trace["delta"].dims, lazy)), query_tokens=[9, 30])
+    assert len(read) == 16
+    assert set(read.values()) == times
+    monkeypatch.undo()
+    xr.testing.assert_allclose(result, hidden_attention.measure(trace, query_tokens=[9, 30]), rtol=1e-12)

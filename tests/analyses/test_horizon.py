@@ -9,6 +9,7 @@ import xarray as xr
 
 from mamba_probe.analyses import memory_horizon
 from mamba_probe.analyses.memory_horizon import core
+from mamba_probe.analyses.memory_horizon.path import Path
 
 
 def make_trace(delta: np.ndarray, A: np.ndarray, valid: np.ndarray | None = None, head: str = "channel") -> xr.Dataset:
@@ -295,7 +296,8 @@ def test_something_that_is_no_trace_is_refused() -> None:
 
 def test_rounding_of_a_sum_adds_no_token() -> None:
     """0.1 ten times is below 1 in float64; the horizon is 10 all the same."""
-    steps, censored = core.forward(np.cumsum(np.full(40, 0.1)), np.array([1.0]), np.arange(40))
+    reached = Path(np.cumsum(np.full(40, 0.1))).reached(np.array([1.0]))
+    steps, censored = core.forward(reached, np.arange(40))
     assert (steps[~censored] == 10).all()
 
 

@@ -1,15 +1,19 @@
-"""Cost grows as tokens do; memory by a block of heads, not by layers, rows or heads; a store on disk gives the same."""
+"""Cost grows as tokens do; memory by a block of heads, not by layers, rows or heads; a store is read once if needed."""
 
 import time
 import tracemalloc
+from collections import Counter
 
 import dask.array
 import numpy as np
 import pytest
 import xarray as xr
+import zarr.storage
 
+import mamba_probe as mp
 from mamba_probe.analyses import wavelet_alignment
-from mamba_probe.analyses.wavelet_alignment import kernels
+from mamba_probe.analyses.wavelet_alignment import kernels, passes
+from mamba_probe.trace.store import save
 
 
 def lazy_trace(n_layers, n_rows, n_tokens, n_channels, n_states=2):
@@ -71,14 +75,92 @@ def test_blocks_of_heads_give_the_same(monkeypatch, read):
     }
     whole = wavelet_alignment.measure(trace, **options)
     monkeypatch.setattr(kernels, "AT_ONCE", 300)
+    monkeypatch.setattr(kernels, "READ", 500)
     xr.testing.assert_allclose(wavelet_alignment.measure(trace, **options), whole, rtol=1e-9)
 
 
 def test_memory_is_of_a_block_of_heads(monkeypatch):
     monkeypatch.setattr(kernels, "AT_ONCE", 4 * 4096)
+    monkeypatch.setattr(kernels, "READ", 4 * 4096)
     few, many = (lazy_trace(1, 1, 4096, n).chunk(channel=4) for n in (4, 16))
     wavelet_alignment.measure(few)
     assert peak(many, n_span=2)[1] < 1.5 * peak(few, n_span=2)[1], "4 times the heads"
+
+
+def test_memory_is_linear_in_tokens():
+    wavelet_alignment.measure(lazy_trace(1, 1, 64, 4))
+    short, long = (peak(lazy_trace(1, 1, n, 4))[1] for n in (2**13, 2**15))
+    assert long < 4.4 * short, "4 times the tokens"
+
+
+def test_memory_does_not_grow_with_queries(monkeypatch):
+    monkeypatch.setattr(passes, "HELD", 1)
+    trace = lazy_trace(1, 1, 4096, 16)
+    one, many = (peak(trace, query_tokens=list(range(4095 - n, 4095)))[1] for n in (1, 8))
+    assert many < 1.2 * one, "8 times the queries"
+
+
+@pytest.mark.parametrize("held", [1, 700, 2**25])
+def test_passes_over_a_row_give_the_same(monkeypatch, held):
+    trace = lazy_trace(2, 2, 100, 7).compute()
+    options = {"query_tokens": [20, 50, 99], "n_kept": 3, "baseline": trace * 1.5}
+    options["baseline"].attrs = trace.attrs
+    whole = wavelet_alignment.measure(trace, **options)
+    monkeypatch.setattr(passes, "HELD", held)
+    xr.testing.assert_identical(wavelet_alignment.measure(trace, **options), whole)
+
+
+@pytest.fixture
+def stored(tmp_path, monkeypatch):
+    """A trace on disk, its last 30 tokens padding, in chunks of 20 tokens and 3 channels; and what is read of it."""
+    trace = lazy_trace(2, 1, 130, 7).compute()
+    trace = trace.assign_coords(valid=trace["valid"] & (trace["token"] < 100), token=np.arange(130))
+    chunked = trace.chunk({"layer": 1, "batch": 1, "token": 20, "channel": 3, "state": 1})
+    path = save(chunked, tmp_path / "trace.zarr")
+    found, get = Counter(), zarr.storage.LocalStore.get
+
+    async def counted(self, key, *rest, **more):
+        found[key] += 1
+        return await get(self, key, *rest, **more)
+
+    monkeypatch.setattr(zarr.storage.LocalStore, "get", counted)
+    opened = mp.open_trace(path)
+    found.clear()
+    return opened, found
+
+
+def read_of(found, name):
+    return {key: count for key, count in found.items() if key.startswith(f"{name}/c/")}
+
+
+@pytest.mark.parametrize("kernel", ["mixer", "write"])
+@pytest.mark.parametrize("options", [{}, {"query_tokens": [30, 60, 99], "n_kept": 2}, {"read_out": np.ones((2, 7))}])
+def test_a_chunk_of_a_store_is_read_once_if_needed(stored, kernel, options):
+    trace, found = stored
+    wavelet_alignment.measure(trace, kernel=kernel, **options)
+    of_delta = {f"delta/c/{layer}/0/{token}/{part}" for layer in (0, 1) for token in range(5) for part in range(3)}
+    assert read_of(found, "delta") == dict.fromkeys(of_delta, 1), "of 7 chunks of tokens two are padding"
+    of_selection = {f"{layer}/0/{token}/0/{state}" for layer in (0, 1) for token in range(5) for state in (0, 1)}
+    for name in ("B", "C"):
+        needed = {f"{name}/c/{key}" for key in of_selection} if kernel == "mixer" else set()
+        assert read_of(found, name) == dict.fromkeys(needed, 1)
+
+
+def test_layers_that_are_not_chosen_are_not_read(stored):
+    trace, found = stored
+    wavelet_alignment.measure(trace.isel(layer=[1]))
+    assert {key.split("/")[2] for name in ("delta", "B", "C") for key in read_of(found, name)} == {"1"}
+
+
+@pytest.mark.parametrize(
+    ("chunks", "size", "ends"),
+    [((), 3, [3, 6, 7]), ((3, 3, 1), 3, [3, 6, 7]), ((3, 3, 1), 4, [3, 7]), ((3, 3, 1), 1, [3, 6, 7]),
+     ((7,), 2, [7]), ((7,), 1, [1, 2, 3, 4, 5, 6, 7]), ((2, 3, 2), 5, [5, 7])],
+)  # fmt: skip
+def test_heads_are_read_by_whole_chunks_where_those_are_small(chunks, size, ends):
+    found = list(kernels._slices(7, chunks, size))
+    assert [part.stop for part in found] == ends
+    assert [part.start for part in found] == [0, *ends[:-1]]
 
 
 @pytest.mark.long

@@ -78,6 +78,7 @@ def test_the_report_on_a_task(task_report):
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page), "self-contained"
     assert trace.attrs["model_hash"] in page
     assert "Recall circuit in layer 0" in page
+    assert "the query finds its pair" in (directory / "figures/recall_circuit.svg").read_text(), "the diagram"
     assert not re.search(r"\bnan\b", re.sub(r"base64,[^\"]*", "", page), re.IGNORECASE)
     assert "Recall circuit in layer 0" in done.stdout
 
@@ -119,6 +120,7 @@ def test_the_report_on_text_has_no_circuit_and_still_answers(text_model, tmp_pat
     assert not bool(circuit["solved"])
     page = (out / "report.html").read_text()
     assert "No task:" in page
+    assert "the query finds its pair" not in (out / "figures/recall_circuit.svg").read_text()
     assert page.count("data:image/png;base64,") == 2, "no picture of nothing"
     horizon = open_dataset(out / "results/memory_horizon.nc")
     assert np.isfinite(horizon["layer_lti_horizon"].values).all()

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 RANK_TOLERANCE = 1e-6
-"""Pivots below this share of the largest are rounding of fp32 recordings, and outside the kernels' span; so is a
+"""Singular values below this share of the largest are rounding of fp32 recordings, and outside the kernels' span; so is a
 read-out that cancels to below this share of its terms."""
 
 RANGE_TOLERANCE = 1e-3

@@ -25,8 +25,8 @@ __all__ = [
 ]
 
 RANK_TOLERANCE = 1e-6
-"""Singular values below this share of the largest are rounding of fp32 recordings, and outside the kernels' span; so is a
-read-out that cancels to below this share of its terms."""
+"""Singular values below this share of the largest are rounding of fp32 recordings, and outside the kernels' span; so
+is a read-out that cancels to below this share of its terms."""
 
 RANGE_TOLERANCE = 1e-3
 """A kernel whose range is below this share of its peak is constant to a recording's rounding: it has no step."""

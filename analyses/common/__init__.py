@@ -4,5 +4,6 @@ from mamba_probe.analyses.common.attention import attention_row
 from mamba_probe.analyses.common.bootstrap import interval, resamples
 from mamba_probe.analyses.common.canonical import Canonical, Row
 from mamba_probe.analyses.common.result import described, refuse
+from mamba_probe.analyses.common.runs import runs
 
-__all__ = ["Canonical", "Row", "attention_row", "described", "interval", "refuse", "resamples"]
+__all__ = ["Canonical", "Row", "attention_row", "described", "interval", "refuse", "resamples", "runs"]

@@ -160,30 +160,40 @@ class Canonical:
         """
         return np.real(self.matrix(layer))
 
-    def row(self, layer: int, row: int, heads: slice = slice(None)) -> Row:
+    def row(
+        self, layer: int, row: int, heads: slice = slice(None), tokens: slice = slice(None),
+        before: Float[np.ndarray, " head"] | float = 0.0,
+    ) -> Row:  # fmt: skip
         """The block of one layer and prompt: delta and its cumulative sum over valid tokens.
 
         Tokens that are not contiguous take `delta_cumsum` from the trace, since the gaps' delta is unknown.
 
+        Args:
+            layer, row, heads: by position.
+            tokens: which of the valid tokens.
+            before: the cumulative sum up to these, of contiguous tokens: read in runs they have the sums of the whole.
+
         Raises:
             ValueError: delta is negative or not finite; tokens have gaps and the trace has no usable `delta_cumsum`.
         """
-        delta, position = self.load("delta", layer, row, heads), self.positions(row)
+        delta, position = self.load("delta", layer, row, heads, tokens), self.positions(row)[tokens]
         if np.any(delta < 0):
             raise ValueError(
                 f"`delta` of layer {self.layers[layer]} is negative in row {row}; a step size is at least 0"
             )
-        if self.contiguous(row):
-            return Row(delta, position, np.cumsum(delta, axis=0), True)
-        return Row(delta, position, self._across_gaps(layer, row, heads), False)
+        if not self.contiguous(row):
+            return Row(delta, position, self._across_gaps(layer, row, heads, tokens), False)
+        cumulative = delta.copy()
+        cumulative[:1] += before
+        return Row(delta, position, np.cumsum(cumulative, axis=0, out=cumulative), True)
 
-    def _across_gaps(self, layer: int, row: int, heads: slice) -> Float[np.ndarray, "token head"]:
+    def _across_gaps(self, layer: int, row: int, heads: slice, tokens: slice) -> Float[np.ndarray, "token head"]:
         if "delta_cumsum" not in self.trace:
             raise ValueError(
                 f"the tokens of row {row} are not contiguous and the trace lacks `delta_cumsum`: decay across the gaps "
                 "is unknown. Record all tokens, or name delta_cumsum in variables=."
             )
-        cumulative = self.load("delta_cumsum", layer, row, heads)
+        cumulative = self.load("delta_cumsum", layer, row, heads, tokens)
         if np.any(np.diff(cumulative, axis=0) < 0):
             raise ValueError(f"`delta_cumsum` of layer {self.layers[layer]} falls along the tokens of row {row}")
         return cumulative
@@ -194,20 +204,25 @@ class Canonical:
         """B and C of the valid tokens, as the scan received them."""
         return self.load("B", layer, row), self.load("C", layer, row)
 
-    def load(self, name: str, layer: int, row: int, heads: slice = slice(None)) -> np.ndarray:
-        """One variable of one (layer, batch) block, valid tokens only; on dask nothing else is computed."""
+    def load(
+        self, name: str, layer: int, row: int, heads: slice = slice(None),
+        tokens: slice | Int[np.ndarray, " token"] = slice(None),
+    ) -> np.ndarray:  # fmt: skip
+        """One variable of one (layer, batch) block, `tokens` of its valid ones; on dask nothing else is computed."""
         array = self.trace[name].isel(layer=layer)
         if self.head_dim in array.dims:
             array = array.isel({self.head_dim: heads})
+        at = np.flatnonzero(self.valid[row])[tokens]
         if "token" in array.dims:
-            values = array.isel(batch=row).values[self.valid[row]]
+            run = isinstance(tokens, slice) and len(at) and len(at) == at[-1] + 1 - at[0]  # read as it lies
+            values = array.isel(batch=row, token=slice(at[0], at[-1] + 1) if run else at).values
         else:
-            values = np.broadcast_to(array.values, (int(self.valid[row].sum()), *array.shape))
+            values = np.broadcast_to(array.values, (len(at), *array.shape))
         block = values.astype(np.promote_types(values.dtype, np.float64))
         bad = np.flatnonzero(~np.isfinite(block).all(axis=tuple(range(1, block.ndim))))
         if len(bad):
             raise ValueError(
                 f"`{name}` is NaN or infinite in layer {self.layers[layer]}, row {row}, at valid token "
-                f"{self.positions(row)[bad[0]]}; padding must be marked in `valid`"
+                f"{self.positions(row)[tokens][bad[0]]}; padding must be marked in `valid`"
             )
         return block

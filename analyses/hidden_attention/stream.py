@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Inexact, Int
 
-from mamba_probe.analyses.common import Canonical, Row, attention_row
+from mamba_probe.analyses.common import Canonical, Row, attention_row, runs
 
 __all__ = ["KINDS", "Block", "Selection", "blocks", "subset"]
 
@@ -100,7 +100,8 @@ def blocks(view: Canonical, layer: int, row: int, seed: int, names: Sequence[str
     order = np.random.default_rng((seed, int(view.layers[layer]), row)).permutation(n_tokens)
     width = max([1, *(view.trace[name].sizes.get("head_channel", 1) for name in names)])
     step = max(1, BLOCK_BYTES // (8 * n_tokens * width))
-    for span in _spans(view, max(1, READ_BYTES // (8 * n_tokens * width))):
+    chunks = np.cumsum(view.trace["delta"].chunksizes.get(view.head_dim, ()))
+    for span in runs(view.n_heads, chunks, max(1, READ_BYTES // (8 * n_tokens * width))):
         read, held = view.row(layer, row, span), {name: view.load(name, layer, row, span) for name in names}
         held = {name: values.reshape(*values.shape[:2], -1) for name, values in held.items()}
         for start in range(span.start, span.stop, step):
@@ -109,17 +110,6 @@ def blocks(view: Canonical, layer: int, row: int, seed: int, names: Sequence[str
             part = replace(read, delta=read.delta[:, inner], cumulative=read.cumulative[:, inner])
             values = {name: array[:, inner] for name, array in held.items()}
             yield Block(heads, part, A[heads], selection, groups[heads], view.zoh, order, values)
-
-
-def _spans(view: Canonical, most: int) -> Iterator[slice]:
-    """Heads read at once: at most so many, and whole chunks of the store as long as these are no wider."""
-    chunks = view.trace["delta"].chunksizes.get(view.head_dim, (view.n_heads,))
-    edges, start = np.cumsum(chunks), 0
-    while start < view.n_heads:
-        whole = edges[(edges > start) & (edges <= start + most)]
-        stop = int(whole[-1]) if len(whole) else min(start + most, view.n_heads)
-        yield slice(start, stop)
-        start = stop
 
 
 def subset(trace: xr.Dataset, heads: Sequence[int] | np.ndarray | None) -> xr.Dataset:

@@ -5,20 +5,24 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float, Int
 
-from mamba_probe.analyses.common import Canonical, Row
+from mamba_probe.analyses.common import Canonical, Row, runs
 from mamba_probe.analyses.memory_horizon import core
 from mamba_probe.analyses.memory_horizon.channel import KINDS, Channel, at, statistics, tally
 from mamba_probe.analyses.memory_horizon.options import Options
 from mamba_probe.analyses.memory_horizon.path import Path
 from mamba_probe.analyses.memory_horizon.summary import GAINS, Counts, summary
 
-__all__ = ["blocks", "held", "measure_layer", "orders", "state_slices"]
+__all__ = ["blocks", "columns", "held", "measure_layer", "orders", "state_slices"]
 
-LAYER_BYTES = 2**29
-"""Most bytes of a layer that is read once and held; a larger one is read in blocks of channels of half as much."""
+LAYER_BYTES = 2**27
+"""Most bytes of a layer that is read once and held; of a larger one blocks of channels are read, of as many bytes of
+delta and its cumulative sum, for each level and for the decay of single steps."""
 
 BLOCK_BYTES = 2**25
 """Most bytes of delta and its cumulative sum worked on at once, of channels that are in memory."""
+
+COLUMNS = 16
+"""Channels copied at once to lie side by side: whole cache lines."""
 
 STATE_ELEMENTS = 2**17
 """Most (token, state) elements worked on at once: few enough to stay in a cache."""
@@ -64,12 +68,12 @@ def held(view: Canonical, layer: int, names: list[str]) -> Canonical:
 
 
 def blocks(view: Canonical) -> Iterator[slice]:
-    """Blocks of channels whose delta and cumulative sum fit in `BLOCK_BYTES`; larger ones where a block is read."""
-    limit = BLOCK_BYTES if view.trace["delta"].chunks is None else max(BLOCK_BYTES, LAYER_BYTES // 2)
+    """Blocks of channels whose delta and cumulative sum fit in `BLOCK_BYTES`; larger ones, of whole chunks of the store
+    as long as these are no wider, where a block is read."""
+    chunks = view.trace["delta"].chunksizes.get(view.head_dim, ())
+    limit = max(BLOCK_BYTES, LAYER_BYTES) if chunks else BLOCK_BYTES
     bytes_each = 2 * 8 * max(1, int(view.valid.sum()))
-    step = max(1, limit // bytes_each)
-    for start in range(0, view.n_heads, step):
-        yield slice(start, start + step)
+    yield from runs(view.n_heads, np.cumsum(chunks), max(1, limit // bytes_each))
 
 
 def state_slices(positions: list[np.ndarray], n_states: int) -> list[slice]:
@@ -85,6 +89,12 @@ def orders(rows: list[Row], layer: int, seed: int) -> list[np.ndarray]:
     return [np.random.default_rng((seed, layer, i)).permutation(len(row.position)) for i, row in enumerate(rows)]
 
 
+def columns(values: Float[np.ndarray, "token head"]) -> Iterator[Float[np.ndarray, " token"]]:
+    """Each head's tokens side by side in memory, `COLUMNS` heads copied at a time."""
+    for start in range(0, values.shape[1], COLUMNS):
+        yield from np.ascontiguousarray(values[:, start : start + COLUMNS].T)
+
+
 def _part(row: Row, part: slice) -> tuple[Float[np.ndarray, " head"], int]:
     return core.elapsed(row.delta[part], row.cumulative[part], row.position[part])
 
@@ -95,12 +105,15 @@ def _state_first(values: np.ndarray) -> np.ndarray:
 
 
 def _channels(rows: list[Row], shuffled: list[np.ndarray], means: list[np.ndarray]) -> Iterator[Channel]:
-    """Each channel of a block, its tokens side by side in memory."""
-    delta, cumulative = ([np.ascontiguousarray(getattr(row, of).T) for row in rows] for of in ("delta", "cumulative"))
+    """Each channel of a block."""
     positions = [row.position for row in rows]
-    for i, mean in enumerate(zip(*means, strict=True)):
-        nulls = [Path(np.cumsum(of[i].take(order))) for of, order in zip(delta, shuffled, strict=False)]
-        yield Channel(positions, [Path(of[i]) for of in cumulative], nulls, np.array(mean))
+    delta, cumulative = (
+        zip(*(columns(of) for of in each), strict=True)
+        for each in ([row.delta for row in rows], [row.cumulative for row in rows])
+    )
+    for steps, sums, mean in zip(delta, cumulative, zip(*means, strict=True), strict=True):
+        nulls = [Path(np.cumsum(of.take(order))) for of, order in zip(steps, shuffled, strict=False)]
+        yield Channel(positions, [Path(of) for of in sums], nulls, np.array(mean))
 
 
 def _measure(

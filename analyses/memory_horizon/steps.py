@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from mamba_probe.analyses.common import Canonical, Row
-from mamba_probe.analyses.memory_horizon.layer import blocks, orders, state_slices
+from mamba_probe.analyses.memory_horizon.layer import blocks, columns, orders, state_slices
 from mamba_probe.analyses.memory_horizon.options import Options
 from mamba_probe.analyses.memory_horizon.summary import with_interval
 
@@ -63,7 +63,7 @@ def _decays(
 ) -> Iterator[tuple[int, int, int, slice, Float[np.ndarray, "state token"]]]:
     """exp(A delta), a few states at a time: (row, head in the block, head, states, decay)."""
     for row, held in enumerate(rows):
-        for i, (head, delta) in enumerate(zip(heads, np.ascontiguousarray(held.delta.T), strict=True)):
+        for i, (head, delta) in enumerate(zip(heads, columns(held.delta), strict=True)):
             for states in state_slices([held.position], A.shape[1]):
                 decay = np.outer(A[i, states], delta)
                 yield row, i, head, states, np.exp(decay, out=decay)

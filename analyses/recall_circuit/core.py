@@ -20,11 +20,14 @@ from mamba_probe.analyses.common import attention_row
 __all__ = [
     "Prompt",
     "Questions",
+    "Reader",
+    "Run",
     "contribution",
     "gate_energy",
     "gated_output",
     "identity_error",
     "log_delta_contrast",
+    "mean_log_delta",
     "norm_scale",
     "ratio",
     "readout",
@@ -32,12 +35,35 @@ __all__ = [
     "silu",
     "tap_mass",
     "write_energy",
+    "written",
 ]
 
 
 @dataclass(frozen=True)
+class Run:
+    """What some tokens of a prompt that follow one another write; symbols as at the head of this file."""
+
+    delta: Float[np.ndarray, "token head"]
+    cumulative: Float[np.ndarray, "token head"]
+    A: Inexact[np.ndarray, "head decay"]
+    B: Inexact[np.ndarray, "token group state"]
+    x: Float[np.ndarray, "token head head_channel"]
+    zoh: bool = False
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What one token reads with, and the scan input that its D path passes on."""
+
+    cumulative: Float[np.ndarray, " head"]
+    C: Inexact[np.ndarray, "group state"]
+    z: Float[np.ndarray, "head head_channel"]
+    x: Float[np.ndarray, "head head_channel"]
+
+
+@dataclass(frozen=True)
 class Prompt:
-    """One prompt of one layer, padding already removed; symbols as at the head of this file."""
+    """One prompt of one layer, padding already removed, or a run of its tokens; symbols as at the head of this file."""
 
     delta: Float[np.ndarray, "token head"]
     cumulative: Float[np.ndarray, "token head"]
@@ -47,6 +73,15 @@ class Prompt:
     x: Float[np.ndarray, "token head head_channel"]
     z: Float[np.ndarray, "token head head_channel"]
     zoh: bool = False
+
+    @property
+    def run(self) -> Run:
+        """What its tokens write."""
+        return Run(self.delta, self.cumulative, self.A, self.B, self.x, self.zoh)
+
+    def reader(self, token: int) -> Reader:
+        """What one of its tokens reads with: copies, which do not hold the prompt in memory."""
+        return Reader(*(np.array(of[token]) for of in (self.cumulative, self.C, self.z, self.x)))
 
 
 @dataclass(frozen=True)
@@ -100,38 +135,54 @@ def contribution(
         prompt: one prompt of one layer.
         query: the token t that reads.
         sources: tokens s <= t that may have written.
-        faded: False leaves all decay out, exp(A Cum) = 1, as `ablate("decay")` does: writes stay as they are.
-
-    Returns:
-        (source, head, head_channel). Cost O(source head state): never token x token.
+        faded: as in `written`.
 
     >>> one, step = np.ones((3, 1, 1)), np.ones((3, 1))
     >>> prompt = Prompt(step, np.cumsum(step, axis=0), A=np.zeros((1, 1)), B=one, C=one, x=one, z=50 * one)
     >>> contribution(prompt, 2, np.array([0, 1])).ravel().tolist()
     [50.0, 50.0]
     """
-    elapsed = (prompt.cumulative[query] - prompt.cumulative[sources]) * float(faded)
-    groups = np.arange(len(prompt.A)) // (len(prompt.A) // prompt.B.shape[1])
-    B = prompt.B[:1] if np.iscomplexobj(prompt.A) else prompt.B[sources]  # S4D's is constant
-    A = prompt.A if faded or prompt.zoh else np.zeros((len(prompt.A), 1))  # exp(0) = 1: all states are one
-    kernel = attention_row(prompt.delta[sources], elapsed, A, B, prompt.C[query], groups, prompt.zoh)
-    return silu(prompt.z[query]) * prompt.x[sources] * kernel[..., None]
+    return silu(prompt.z[query]) * written(prompt.run, prompt.reader(query), sources, faded)
+
+
+def written(
+    run: Run, reader: Reader, sources: slice | Int[np.ndarray, " source"], faded: bool = True
+) -> Float[np.ndarray, "source head head_channel"]:
+    """`contribution` before the gate: x_s delta_s sum_n C_t[n] B_s[n] exp(A[n] Cum(s, t)).
+
+    Args:
+        run: tokens that write.
+        reader: the token t that reads.
+        sources: which of the run's tokens, none of them after t.
+        faded: False leaves all decay out, exp(A Cum) = 1, as `ablate("decay")` does: writes stay as they are.
+
+    Returns:
+        (source, head, head_channel). Cost O(source head state): never token x token.
+    """
+    elapsed = (reader.cumulative - run.cumulative[sources]) * float(faded)
+    groups = np.arange(len(run.A)) // (len(run.A) // run.B.shape[1])
+    B = run.B[:1] if np.iscomplexobj(run.A) else run.B[sources]  # S4D's is constant
+    A = run.A if faded or run.zoh else np.zeros((len(run.A), 1))  # exp(0) = 1: all states are one
+    kernel = attention_row(run.delta[sources], elapsed, A, B, reader.C, groups, run.zoh)
+    return run.x[sources] * kernel[..., None]
 
 
 def gated_output(
-    prompt: Prompt, skip: Float[np.ndarray, " head"], query: int
+    read: Float[np.ndarray, "head head_channel"], reader: Reader, skip: Float[np.ndarray, " head"]
 ) -> Float[np.ndarray, "head head_channel"]:
-    """The gated scan output at one token, as the sum over all sources and the D path.
+    """The input of `out_proj` at one token, or of the gated norm before it: SiLU(z_t) (sum_{s<=t} written_s + D x_t).
 
-    sum_{s<=t} o_{t,s} + SiLU(z_t) D x_t: the input of `out_proj`, or of the gated norm before it.
+    Args:
+        read: the sum of `written` over all sources up to and with the token.
+        reader: the token.
+        skip: D.
 
     >>> one, step = np.ones((2, 1, 1)), np.ones((2, 1))
     >>> prompt = Prompt(step, np.cumsum(step, axis=0), A=np.zeros((1, 1)), B=one, C=one, x=one, z=50 * one)
-    >>> gated_output(prompt, np.array([3.0]), 1).tolist()
-    [[250.0]]
+    >>> gated_output(written(prompt.run, prompt.reader(1), slice(2)).sum(axis=0), prompt.reader(1), np.array([3.0]))
+    array([[250.]])
     """
-    total = contribution(prompt, query, np.arange(query + 1)).sum(axis=0)
-    return total + silu(prompt.z[query]) * skip[:, None] * prompt.x[query]
+    return np.asarray(silu(reader.z)) * (read + skip[:, None] * reader.x)
 
 
 def identity_error(
@@ -212,15 +263,19 @@ def gate_energy(prompt: Prompt, out_energy: Float[np.ndarray, "head head_channel
     return np.einsum("hp,thp->t", out_energy, silu(prompt.z) ** 2)
 
 
-def log_delta_contrast(delta: Float[np.ndarray, "token head"], writes: Bool[np.ndarray, " token"]) -> float:
-    """S8: mean log delta at the candidate writes minus elsewhere; a delta of 0 counts as the least normal float32.
+def mean_log_delta(delta: Float[np.ndarray, "token head"]) -> Float[np.ndarray, " token"]:
+    """Mean log delta over heads; a delta of 0 counts as the least normal float32."""
+    return np.log(np.maximum(delta, np.finfo(np.float32).tiny)).mean(axis=1)
 
-    >>> round(log_delta_contrast(np.array([[1.0], [np.e]]), np.array([False, True])), 6)
+
+def log_delta_contrast(log_delta: Float[np.ndarray, " token"], writes: Bool[np.ndarray, " token"]) -> float:
+    """S8: mean log delta at the candidate writes minus elsewhere.
+
+    >>> log_delta_contrast(mean_log_delta(np.array([[1.0], [np.e]])), np.array([False, True]))
     1.0
     """
     if writes.all() or not writes.any():
         return float("nan")
-    log_delta = np.log(np.maximum(delta, np.finfo(np.float32).tiny)).mean(axis=1)
     return float(log_delta[writes].mean() - log_delta[~writes].mean())
 
 

@@ -1,27 +1,16 @@
 """What a mixer is given at each key and value token, and what an S4D layer's channels make of it: S12 and S13."""
 
 import numpy as np
-from jaxtyping import Float, Inexact, Int
+from jaxtyping import Float, Int
 
-from mamba_probe.analyses.common import Canonical
+from mamba_probe.analyses.common import Canonical, runs
 from mamba_probe.analyses.recall_circuit.core import ratio, silu
 from mamba_probe.analyses.recall_circuit.static import Path
+from mamba_probe.analyses.recall_circuit.stream import RUN_BYTES
 from mamba_probe.analyses.recall_circuit.swaps import and_index, gate_correlation
 from mamba_probe.trace import require
 
-__all__ = ["conjunction", "selection", "token_means"]
-
-
-def selection(
-    canonical: Canonical, layer: int, row: int
-) -> tuple[Inexact[np.ndarray, "token group state"], Inexact[np.ndarray, "token group state"]]:
-    """B and C of the valid tokens; where they are constant (S4D) one copy stands for all tokens."""
-    if not canonical.constant:
-        return canonical.selection(layer, row)
-    n = int(canonical.valid[row].sum())
-    each = (canonical.trace[name].isel(layer=layer).values for name in ("B", "C"))
-    B, C = (np.broadcast_to(one.astype(np.promote_types(one.dtype, np.float64)), (n, *one.shape)) for one in each)
-    return B, C
+__all__ = ["conjunction", "token_means"]
 
 
 def token_means(
@@ -33,16 +22,14 @@ def token_means(
     """
     require(canonical.trace, "token_id", name)
     roles, token_id = (canonical.trace[of].transpose("batch", "token").values for of in ("role", "token_id"))
-    ids, values = [], []
+    found, index = np.unique(token_id[canonical.valid & (roles == role)], return_inverse=True)
+    total, taken = np.zeros((len(found), canonical.trace[name].isel(layer=0, batch=0, token=0).size)), 0
     for row in range(canonical.n_rows):
-        valid = canonical.valid[row]
-        chosen = roles[row][valid] == role
-        ids.append(token_id[row][valid][chosen])
-        values.append(canonical.load(name, layer, row)[chosen])
-    found, index = np.unique(np.concatenate(ids), return_inverse=True)
-    every = np.concatenate(values).reshape(len(index), -1)
-    total = np.zeros((len(found), every.shape[1]))
-    np.add.at(total, index, np.asarray(silu(every)) if name == "z" else every)
+        chosen = np.flatnonzero(roles[row][canonical.valid[row]] == role)
+        for part in runs(len(chosen), (), max(1, RUN_BYTES // (8 * total.shape[1]))):
+            each = canonical.load(name, layer, row, tokens=chosen[part]).reshape(-1, total.shape[1])
+            np.add.at(total, index[taken : taken + len(each)], np.asarray(silu(each)) if name == "z" else each)
+            taken += len(each)
     return found, total / np.bincount(index, minlength=len(found))[:, None]
 
 

@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 
 from mamba_probe.analyses.common import Canonical, attention_row, described, interval
 from mamba_probe.analyses.recall_circuit.core import ratio, silu
-from mamba_probe.analyses.recall_circuit.features import selection
 from mamba_probe.analyses.recall_circuit.proportion import wilson
+from mamba_probe.analyses.recall_circuit.stream import selection
 from mamba_probe.trace import require
 
 __all__ = ["induction_heads"]
@@ -111,7 +111,8 @@ def _tally(
     offsets: tuple[int, ...],
 ) -> Float[np.ndarray, "part=6 offset head"]:  # fmt: skip
     """Sums over queries: share on the target, their number; on its neighbours, number; given by it, by all sources."""
-    step, (B, C) = canonical.row(layer, row), selection(canonical, layer, row)
+    step = canonical.row(layer, row)
+    B, C = (selection(canonical, layer, row, slice(None), name) for name in ("B", "C"))
     A, groups = canonical.matrix(layer), canonical.groups()
     spoken = _spoken(canonical, layer, row)
     total = np.zeros((6, len(offsets), canonical.n_heads))

@@ -1,4 +1,4 @@
-"""All signatures of a trace over layers and prompts: one (layer, batch) block in memory at a time."""
+"""All signatures of a trace over layers and prompts: a run of tokens of one (layer, batch) in memory at a time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,6 @@ from jaxtyping import Float, Int
 
 from mamba_probe.analyses.common import Canonical, interval
 from mamba_probe.analyses.recall_circuit.core import (
-    Prompt,
     Questions,
     gated_output,
     identity_error,
@@ -18,9 +17,11 @@ from mamba_probe.analyses.recall_circuit.core import (
     readout,
     relative_tap,
 )
-from mamba_probe.analyses.recall_circuit.features import conjunction, selection
+from mamba_probe.analyses.recall_circuit.features import conjunction
+from mamba_probe.analyses.recall_circuit.reading import Survey, read_sums, survey
 from mamba_probe.analyses.recall_circuit.signatures import ACTIVATION, IDS, absent
 from mamba_probe.analyses.recall_circuit.static import LayerWeights, layer_weights
+from mamba_probe.analyses.recall_circuit.stream import Stream
 from mamba_probe.analyses.recall_circuit.swaps import input_error, lag_swap
 from mamba_probe.analyses.recall_circuit.tally import tally
 
@@ -135,37 +136,40 @@ def _layer(
     read = readout(rows, weights["norm_f"].values.astype(np.float64), static.out_proj)
     tallies, swapped, errors = [], [], []
     for row, asked in questions.items():
-        prompt = _prompt(canonical, i, row)
-        tallies.append(tally(prompt, read, static.out_energy, asked, offsets, _scale(prompt, static, asked.query)))
-        swapped.append(_swapped(canonical, i, row, prompt, static, asked, offsets, seed))
+        stream = Stream(canonical, i, row)
+        seen = survey(stream, asked, offsets, static.out_energy)
+        tallied = tally(stream, seen, read, asked, offsets, _scale(stream, seen, static, asked.query))
+        tallies.append(tallied)
+        swapped.append(_swapped(stream, static, asked, offsets, seed))
         if "out" in canonical.trace:
-            last, out = int(asked.query.max()), canonical.load("out", i, row)
-            gated = gated_output(prompt, static.skip, last)
-            errors.append(identity_error(gated, static.out_proj, out[last], static.norm_groups))
+            last = int(asked.query.argmax())
+            gated = gated_output(tallied.last, seen.readers[last], static.skip)
+            out = stream.load("out", asked.query[[last]])[0]
+            errors.append(identity_error(gated, static.out_proj, out, static.norm_groups))
     totals = [np.concatenate([one.totals, swap], axis=2) for one, swap in zip(tallies, swapped, strict=True)]
     carried, matched = (np.sum([getattr(one, of) for one in tallies], axis=0) for of in ("carried", "matched"))
     return _Layer(np.stack(totals, axis=1), carried, matched, max(errors, default=None), static)
 
 
 def _swapped(
-    canonical: Canonical, i: int, row: int, prompt: Prompt, static: LayerWeights, asked: Questions,
-    offsets: Sequence[int], seed: int,
-) -> Float[np.ndarray, "offset kind=2 path=3 part=2"]:  # fmt: skip
+    stream: Stream, static: LayerWeights, asked: Questions, offsets: Sequence[int], seed: int
+) -> Float[np.ndarray, "offset kind=2 path=3 part=2"]:
     """S11 of one prompt, NaN without the mixer's input.
 
     Raises:
         ValueError: the input and the weights do not give the recorded x.
     """
+    canonical = stream.canonical
     if "u" not in canonical.trace:
         return np.full((len(offsets), 2, 3, 2), np.nan)
-    inputs = canonical.load("u", i, row)
-    error = input_error(inputs, static.paths["x"], prompt.x)
+    both = ((stream.load("u", at), stream.load("x", at).reshape(at.stop - at.start, -1)) for at in stream.tokens())
+    error = input_error(both, static.paths["x"])
     if error > RECOMPUTED:
         raise ValueError(
-            f"`u` of layer {canonical.layers[i]} and the weights give an x that is {error:.2g} from the recorded one: "
-            "the layer was recorded under an edit, or has a bias in in_proj. Leave `u` out of variables="
+            f"`u` of layer {canonical.layers[stream.layer]} and the weights give an x that is {error:.2g} from the "
+            "recorded one: the layer was recorded under an edit, or has a bias in in_proj. Leave `u` out of variables="
         )
-    return lag_swap(inputs, static.paths, asked, offsets, seed)
+    return lag_swap(lambda tokens: stream.load("u", tokens), stream.size, static.paths, asked, offsets, seed)
 
 
 def _of_weights(canonical: Canonical, i: int, static: LayerWeights, offset: int) -> dict[str, tuple[float, float]]:
@@ -184,16 +188,11 @@ def _of_weights(canonical: Canonical, i: int, static: LayerWeights, offset: int)
     return found
 
 
-def _prompt(canonical: Canonical, layer: int, row: int) -> Prompt:
-    """One block of the trace, valid tokens only, in float64."""
-    step, (B, C) = canonical.row(layer, row), selection(canonical, layer, row)
-    shape = (*step.delta.shape, -1)
-    x, z = (canonical.load(name, layer, row).reshape(shape) for name in ("x", "z"))
-    return Prompt(step.delta, step.cumulative, canonical.matrix(layer), B, C, x, z, canonical.zoh)
-
-
-def _scale(prompt: Prompt, static: LayerWeights, queries: Int[np.ndarray, " n"]) -> Float[np.ndarray, "n head"]:
+def _scale(
+    stream: Stream, seen: Survey, static: LayerWeights, queries: Int[np.ndarray, " n"]
+) -> Float[np.ndarray, "n head"]:
     """The frozen scale of a gated norm at each query; one group's common scale changes no argmax and is left out."""
     if static.norm_groups < 2:
         return np.ones((len(queries), len(static.skip)))
-    return np.array([norm_scale(gated_output(prompt, static.skip, int(t)), static.norm_groups) for t in queries])
+    sums = zip(read_sums(stream, queries, seen.readers), seen.readers, strict=True)
+    return np.array([norm_scale(gated_output(*each, static.skip), static.norm_groups) for each in sums])

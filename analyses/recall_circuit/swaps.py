@@ -1,6 +1,6 @@
 """What the mixer's input does to B, C and x, lag by lag: S11 to S13. Recomputed from weights, in float64."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -12,6 +12,11 @@ __all__ = ["and_index", "convolved", "gate_correlation", "input_error", "lag_cha
 
 N_SWAPS = 8
 """Other tokens that each lag's input is replaced by."""
+
+SWAPPED_BYTES = 2**25
+"""Most bytes of features of the tokens and of those that replace them, worked on at once."""
+
+Inputs = Callable[[Int[np.ndarray, " token"]], Float[np.ndarray, "token model"]]
 
 
 def convolved(features: Float[np.ndarray, "token feature"], path: Path) -> Float[np.ndarray, "token feature"]:
@@ -28,45 +33,68 @@ def convolved(features: Float[np.ndarray, "token feature"], path: Path) -> Float
 
 
 def input_error(
-    inputs: Float[np.ndarray, "token model"], path: Path, x: Float[np.ndarray, "token head head_channel"]
+    runs: Iterable[tuple[Float[np.ndarray, "token model"], Float[np.ndarray, "token feature"]]], path: Path
 ) -> float:
-    """max |x from the mixer's input - x recorded| / max |x|: S11 to S13 hold for what was recorded, or not at all."""
+    """max |x from the mixer's input - x recorded| / max |x|: S11 to S13 hold for what was recorded, or not at all.
+
+    Args:
+        runs: the mixer's input and x, of one run of tokens after another.
+        path: of x.
+    """
     assert path.in_proj is not None
-    error = np.asarray(silu(convolved(inputs @ path.in_proj.T, path))) - x.reshape(len(x), -1)
-    return float(np.abs(error).max() / max(np.abs(x).max(), np.finfo(np.float64).tiny))
+    kept, error, size = np.zeros((0, path.in_proj.shape[1])), 0.0, float(np.finfo(np.float64).tiny)
+    for inputs, x in runs:
+        seen = np.concatenate([kept, inputs])
+        found = np.asarray(silu(convolved(seen @ path.in_proj.T, path)[len(kept) :]))
+        error, size = max(error, float(np.abs(found - x).max())), max(size, float(np.abs(x).max()))
+        kept = seen[max(0, len(seen) + 1 - path.conv.shape[1]) :].copy()
+    return error / size
 
 
 def lag_changes(
-    features: Float[np.ndarray, "token feature"], path: Path, tokens: Int[np.ndarray, " asked"], seed: int
+    inputs: Inputs, n_tokens: int, path: Path, tokens: Int[np.ndarray, " asked"], seed: int
 ) -> Float[np.ndarray, "asked lag"]:
     """Squared change of what `path` feeds at `tokens` when the input at one lag becomes another token's (ours).
 
     Summed over the same `N_SWAPS` other tokens for all lags (every one, where there are fewer), which lie at random
-    distances around the prompt. `tokens` see all lags, t >= k - 1.
+    distances around the prompt. `tokens` see all lags, t >= k - 1; so many at a time that what they need of the
+    mixer's input fits `SWAPPED_BYTES`.
 
     Args:
-        features: in_proj times the mixer's input.
+        inputs: gives the mixer's input at some tokens, in ascending order.
+        n_tokens: of the prompt.
         path: what follows.
         tokens: where it is read.
         seed: of the distances.
     """
-    before, n = convolved(features, path)[tokens], len(features)
-    distances = np.random.default_rng(seed).permutation(np.arange(1, n))[:N_SWAPS]
-    found, unmoved = np.zeros((len(tokens), path.conv.shape[1])), silu(before)
-    for lag, taps in enumerate(path.conv.T):
-        here = tokens - lag
-        for distance in distances:
-            moved = taps * (features[(here + distance) % n] - features[here])
-            change = silu(before + moved) - unmoved
+    distances = np.random.default_rng(seed).permutation(np.arange(1, n_tokens))[:N_SWAPS]
+    width = path.conv.shape[1]
+    most = max(1, SWAPPED_BYTES // (8 * len(path.conv) * width * (1 + len(distances))))
+    parts = [tokens[start : start + most] for start in range(0, len(tokens), most)]
+    return np.concatenate([np.zeros((0, width)), *(_changes(inputs, n_tokens, path, at, distances) for at in parts)])
+
+
+def _changes(
+    inputs: Inputs, n_tokens: int, path: Path, tokens: Int[np.ndarray, " asked"], distances: Int[np.ndarray, " other"]
+) -> Float[np.ndarray, "asked lag"]:
+    """`lag_changes` of a few tokens."""
+    assert path.in_proj is not None
+    here = tokens - np.arange(path.conv.shape[1])[:, None]
+    needed, place = np.unique(np.stack([here, *((here + by) % n_tokens for by in distances)]), return_inverse=True)
+    features, (own, *others) = inputs(needed) @ path.in_proj.T, place.reshape(1 + len(distances), *here.shape)
+    before = path.bias + sum(taps * features[at] for taps, at in zip(path.conv.T, own, strict=True))
+    found, unmoved = np.zeros(here.T.shape), silu(before)
+    for other in others:
+        for lag, taps in enumerate(path.conv.T):
+            change = silu(before + taps * (features[other[lag]] - features[own[lag]])) - unmoved
             read = change * path.read if path.read.ndim == 1 else change @ path.read.T
             found[:, lag] += (read**2).sum(axis=1)
     return found
 
 
 def lag_swap(
-    inputs: Float[np.ndarray, "token model"], paths: dict[str, Path], asked: Questions, offsets: Sequence[int],
-    seed: int,
-) -> Float[np.ndarray, "offset kind=2 path=3 part=2"]:  # fmt: skip
+    inputs: Inputs, n_tokens: int, paths: dict[str, Path], asked: Questions, offsets: Sequence[int], seed: int
+) -> Float[np.ndarray, "offset kind=2 path=3 part=2"]:
     """S11 of one prompt: for B, C and x the change at the lag made for it, over the change at all lags.
 
     Returns:
@@ -76,26 +104,23 @@ def lag_swap(
     for j, name in enumerate("BCx"):
         if name not in paths:
             continue
-        in_proj = paths[name].in_proj
-        assert in_proj is not None
-        features = inputs @ in_proj.T
-        scanned = offsets[:1] if name == "C" else offsets  # a query reads C, wherever its pair was written
-        found[:, :, j] = [_changed(features, name, paths, asked, offset, seed) for offset in scanned]
+        width = paths[name].conv.shape[1]
+        read = [asked.query if name == "C" else asked.pairs + offset for offset in offsets]
+        read = [at[(at >= width - 1) & (at < n_tokens)] for at in read]
+        every = np.unique(np.concatenate(read))
+        changes = lag_changes(inputs, n_tokens, paths[name], every, seed)
+        for i, (offset, at) in enumerate(zip(offsets, read, strict=True)):
+            found[i, :, j] = _share(changes[np.searchsorted(every, at)].sum(axis=0), name, len(paths), offset)
     return found
 
 
-def _changed(
-    features: Float[np.ndarray, "token feature"], name: str, paths: dict[str, Path], asked: Questions, offset: int,
-    seed: int,
-) -> Float[np.ndarray, "kind=2 part=2"]:  # fmt: skip
-    """S11 of one path at one offset, and its null."""
-    path, width = paths[name], paths[name].conv.shape[1]
-    lags = {"B": [offset + 1], "C": [0], "x": [offset] + [offset + 1] * (len(paths) == 1)}[name]
-    lags = [lag for lag in lags if lag < width]
-    at = asked.query if name == "C" else asked.pairs + offset
-    at = at[(at >= width - 1) & (at < len(features))]
-    changes = lag_changes(features, path, at, seed).sum(axis=0)
-    return np.array([[changes[lags].sum(), changes.sum()], [len(lags) / width, 1.0]])
+def _share(
+    changes: Float[np.ndarray, " lag"], name: str, n_paths: int, offset: int
+) -> Float[np.ndarray, "kind=2 part=2"]:
+    """S11 of one path at one offset, and its null; a query reads C, wherever its pair was written."""
+    lags = {"B": [offset + 1], "C": [0], "x": [offset] + [offset + 1] * (n_paths == 1)}[name]
+    lags = [lag for lag in lags if lag < len(changes)]
+    return np.array([[changes[lags].sum(), changes.sum()], [len(lags) / len(changes), 1.0]])
 
 
 def and_index(

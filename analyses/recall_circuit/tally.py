@@ -1,28 +1,22 @@
 """The signatures of one prompt that activations show, as numerators and denominators, so that prompts add up."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Inexact, Int
 
-from mamba_probe.analyses.recall_circuit.core import (
-    Prompt,
-    Questions,
-    contribution,
-    gate_energy,
-    log_delta_contrast,
-    write_energy,
-)
+from mamba_probe.analyses.recall_circuit.core import Questions, log_delta_contrast
+from mamba_probe.analyses.recall_circuit.reading import Answer, Reading, Survey, Tokens, Write, read_answers
 
-__all__ = ["ANSWERS", "ROUTES", "Answer", "Tally", "answer_shares", "match", "pair_scores", "tally"]
+__all__ = ["ANSWERS", "ROUTES", "Tally", "match", "pair_scores", "tally"]
 
 ANSWERS = ("S1", "S2", "S2_sum", "S3", "S4", "S5", "S6")
 """Means over queries, in the order of `tally`."""
 ROUTES = ("S7", "S8", "S9")
 """Of a prompt's tokens, in the order of `tally`, after `ANSWERS`."""
-CHUNK = 4096
-"""Sources whose contributions are in memory at a time."""
+QUERY_BYTES = 2**26
+"""Most bytes of what queries read, a number a source, that is held at once; one query may take more."""
 
 
 @dataclass(frozen=True)
@@ -33,67 +27,13 @@ class Tally:
         totals: kind: measured, closed-form null; signature: `ANSWERS`, then `ROUTES`; part: numerator, denominator.
         carried: sum over queries of |L_{t,s*}[v*]| that runs through each head.
         matched: sum over queries of |C_t[n] B_s*[n]| by group and state; 0 where both are constant.
+        last: sum of `core.written` over all sources of the last query.
     """
 
     totals: Float[np.ndarray, "offset kind=2 signature=10 part=2"]
     carried: Float[np.ndarray, "offset head"]
     matched: Float[np.ndarray, "offset group state"]
-
-
-@dataclass(frozen=True)
-class Write:
-    """The write of the right pair, and what it gives at the query: as executed, and with all decay left out."""
-
-    token: int
-    given: Float[np.ndarray, " part"]
-    unfaded: Float[np.ndarray, " part"]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One query: the token t that asks, s* where the right pair's value is, and v*, the right value.
-
-    Attributes:
-        query: t.
-        truth: s*.
-        value: index of v* in the read-out.
-        scale: of a gated norm before `out_proj` at t, frozen; ones without.
-        read: the read-out of `core.readout`.
-    """
-
-    query: int
-    truth: int
-    value: int
-    scale: Float[np.ndarray, " head"]
-    read: Float[np.ndarray, "value head head_channel"]
-
-    def given(
-        self, prompt: Prompt, sources: Int[np.ndarray, " source"], faded: bool = True
-    ) -> Float[np.ndarray, "source part"]:
-        """What each source gives, behind the frozen norm; heads and their channels in one axis."""
-        return (contribution(prompt, self.query, sources, faded) * self.scale[:, None]).reshape(len(sources), -1)
-
-    @property
-    def rows(self) -> Float[np.ndarray, "value part"]:
-        """The read-out, heads and their channels in one axis."""
-        return self.read.reshape(len(self.read), -1)
-
-
-def answer_shares(prompt: Prompt, asked: Answer) -> Float[np.ndarray, " source"]:
-    """L_{t,s}[v*] of every source s <= t: what it adds to the right value's logit. `CHUNK` sources at a time."""
-    return _read(prompt, asked, [])[0]
-
-
-def _read(
-    prompt: Prompt, asked: Answer, tokens: Sequence[int]
-) -> tuple[Float[np.ndarray, " source"], dict[int, Float[np.ndarray, " part"]]]:
-    """`answer_shares`, and what those of `tokens` that are sources give, by token."""
-    every, row, shares, kept = np.arange(asked.query + 1), asked.rows[asked.value], [], {}
-    for start in range(0, len(every), CHUNK):
-        given = asked.given(prompt, every[start : start + CHUNK])
-        shares.append(given @ row)
-        kept |= {token: given[token - start].copy() for token in tokens if start <= token < start + len(given)}
-    return np.concatenate(shares), kept
+    last: Float[np.ndarray, "head head_channel"]
 
 
 def pair_scores(
@@ -160,35 +100,50 @@ def match(
 
 
 def tally(
-    prompt: Prompt, read: Float[np.ndarray, "value head head_channel"],
-    out_energy: Float[np.ndarray, "head head_channel"], asked: Questions, offsets: Sequence[int],
-    scale: Float[np.ndarray, "n head"],
+    tokens: Tokens, seen: Survey, read: Float[np.ndarray, "value head head_channel"], asked: Questions,
+    offsets: Sequence[int], scale: Float[np.ndarray, "n head"],
 ) -> Tally:  # fmt: skip
     """All activation signatures of one prompt at every offset, and which heads and states carry the answer.
 
     Args:
-        prompt: one prompt of one layer.
+        tokens: of one prompt of one layer.
+        seen: from `survey` of the same.
         read: from `readout`.
-        out_energy: squared norm of each column of `out_proj`.
         asked: the queries to score.
         offsets: tokens between a value and the write of its pair; a write after the query contributes nothing.
         scale: of a gated norm before `out_proj` at each query; ones without.
     """
-    totals, carried = np.zeros((len(offsets), 2, len(ANSWERS), 2)), np.zeros((len(offsets), len(prompt.A)))
-    matched, selective = np.zeros((len(offsets), *prompt.B.shape[1:])), not np.iscomplexobj(prompt.A)
-    for query, truth, value, frozen in zip(asked.query, asked.truth, asked.value, scale, strict=True):
-        one = Answer(int(query), int(truth), int(value), frozen, read)
-        answers, given = _read(prompt, one, [one.truth + offset for offset in offsets])
-        near = _near(asked.pairs, one, max(offsets))
-        for i, offset in enumerate(offsets):
-            token = one.truth + offset
-            write = Write(token, given[token], _unfaded(prompt, one, token)) if token in given else None
-            totals[i] += _ask(prompt, one, answers, asked.pairs + offset, write, near)
+    totals, carried = np.zeros((len(offsets), 2, len(ANSWERS), 2)), np.zeros((len(offsets), read.shape[1]))
+    selective = not np.iscomplexobj(seen.B)
+    matched, last = np.zeros((len(offsets), *seen.readers[0].C.shape)), int(asked.query.argmax())
+    total = np.zeros(read.shape[1:])
+    for i, one, reading in _readings(tokens, seen, read, asked, offsets, scale):
+        near, total = _near(asked.pairs, one, max(offsets)), reading.total if i == last else total
+        for j, offset in enumerate(offsets):
+            write = reading.writes.get(one.truth + offset)
+            totals[j] += _ask(seen, one, reading.shares, asked.pairs + offset, write, near)
             if write:
-                carried[i] += _carried(one, write, len(prompt.A))
-                matched[i] += np.abs(prompt.C[one.query] * prompt.B[write.token]) * selective
-    routes = np.array([_routes(prompt, out_energy, asked, offset) for offset in offsets])
-    return Tally(np.concatenate([totals, routes], axis=2), carried, matched)
+                carried[j] += _carried(one, write, len(scale[i]))
+            if write and selective:
+                matched[j] += np.abs(one.reader.C * seen.B_at(np.array([write.token]))[0])
+    routes = np.array([_routes(seen, asked, offset) for offset in offsets])
+    return Tally(np.concatenate([totals, routes], axis=2), carried, matched, total)
+
+
+def _readings(
+    tokens: Tokens, seen: Survey, read: Float[np.ndarray, "value head head_channel"], asked: Questions,
+    offsets: Sequence[int], scale: Float[np.ndarray, "n head"],
+) -> Iterator[tuple[int, Answer, Reading]]:  # fmt: skip
+    """Each query and what it reads, as many queries a pass over the tokens as `QUERY_BYTES` hold."""
+    parts = read[0].size * (2 * len(offsets) + 2)
+    most = max(1, QUERY_BYTES // (8 * (tokens.size + parts)))
+    for start in range(0, len(asked.query), most):
+        chosen = range(start, min(start + most, len(asked.query)))
+        answers = [
+            Answer(int(asked.query[i]), int(asked.truth[i]), int(asked.value[i]), scale[i], read, seen.readers[i])
+            for i in chosen
+        ]
+        yield from zip(chosen, answers, read_answers(tokens, answers, offsets), strict=True)
 
 
 def _near(pairs: Int[np.ndarray, " pair"], asked: Answer, furthest: int) -> Int[np.ndarray, " near"]:
@@ -198,12 +153,8 @@ def _near(pairs: Int[np.ndarray, " pair"], asked: Answer, furthest: int) -> Int[
     return np.arange(asked.truth, end + 1)
 
 
-def _unfaded(prompt: Prompt, asked: Answer, token: int) -> Float[np.ndarray, " part"]:
-    return asked.given(prompt, np.array([token]), faded=False)[0]
-
-
 def _ask(
-    prompt: Prompt, asked: Answer, answers: Float[np.ndarray, " source"], pairs: Int[np.ndarray, " pair"],
+    seen: Survey, asked: Answer, answers: Float[np.ndarray, " source"], pairs: Int[np.ndarray, " pair"],
     write: Write | None, near: Int[np.ndarray, " near"],
 ) -> Float[np.ndarray, "kind=2 signature=7 part=2"]:  # fmt: skip
     """`ANSWERS` of one query, and their nulls; `write` None: the pair would be written after the query."""
@@ -211,7 +162,7 @@ def _ask(
     share, chance, n = np.abs(answers), 1 / len(candidates), len(answers)
     total = share.sum()
     index = int(np.searchsorted(candidates, write.token)) if write else None
-    margin, found, margin_null = match(prompt.C[asked.query], prompt.B[candidates], index)
+    margin, found, margin_null = match(asked.reader.C, seen.B_at(candidates), index)
     pair, said, kept, alone = 0.0, 0.0, [0.0, 0.0], 0.0
     if write:
         pair, said = pair_scores(answers, asked.rows @ write.given, asked, candidates, write.token)
@@ -227,14 +178,11 @@ def _carried(asked: Answer, write: Write, n_heads: int) -> Float[np.ndarray, " h
     return np.abs(write.given * asked.rows[asked.value]).reshape(n_heads, -1).sum(axis=1)
 
 
-def _routes(
-    prompt: Prompt, out_energy: Float[np.ndarray, "head head_channel"], asked: Questions, offset: int
-) -> Float[np.ndarray, "kind=2 signature=3 part=2"]:
+def _routes(seen: Survey, asked: Questions, offset: int) -> Float[np.ndarray, "kind=2 signature=3 part=2"]:
     """`ROUTES` of one prompt, and their nulls."""
-    writes: Bool[np.ndarray, " token"] = np.zeros(len(prompt.delta), dtype=bool)
+    writes: Bool[np.ndarray, " token"] = np.zeros(len(seen.write), dtype=bool)
     writes[(asked.pairs + offset)[asked.pairs + offset < len(writes)]] = True
-    written, gate, n = write_energy(prompt, out_energy), gate_energy(prompt, out_energy), float(len(writes))
-    constant = np.iscomplexobj(prompt.A)
-    contrast = float("nan") if constant else log_delta_contrast(prompt.delta, writes)
+    written, gate, n = seen.write, seen.gate, float(len(writes))
+    contrast = float("nan") if np.iscomplexobj(seen.B) else log_delta_contrast(seen.log_delta, writes)
     measured = [[written[writes].sum(), written.sum()], [contrast, 1.0], [gate[asked.keys].sum(), gate.sum()]]
     return np.array([measured, [[writes.sum(), n], [0.0, 1.0], [asked.keys.sum(), n]]])

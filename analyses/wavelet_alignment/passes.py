@@ -13,7 +13,7 @@ __all__ = ["HELD", "SPANNING", "of_row"]
 SPANNING = ("real", "null")
 """Variants whose numbers the result has by kernel and of the span; of the others it has those of layers."""
 
-HELD = 2**25
+HELD = 2**24
 """Numbers of kernels held at once, for spans and read-outs; one query may take more."""
 
 
@@ -21,7 +21,7 @@ def of_row(
     kernels: Kernels, variants: dict[str, str], layer: int, row: int, at: Int[np.ndarray, " query"],
     window: Int[np.ndarray, " query"], settings: Settings, n_kept: int = 0,
 ) -> Iterator[tuple[str, Query]]:  # fmt: skip
-    """Each query of a row in each variant, with the variant's label; measured.
+    """Each query of a row in each variant, with the variant's label; measured, and released when the next is asked for.
 
     Args:
         kernels: where kernels come from.
@@ -45,4 +45,6 @@ def of_row(
         asked = [(int(at[query]), int(window[query]), variants[label]) for query, label in now]
         for i, block in kernels.kernels(layer, row, asked):
             found[i].add(block)
-        yield from zip((label for _, label in now), found, strict=True)
+        for (_, label), query in zip(now, found, strict=True):
+            yield label, query
+            query.release()

@@ -74,7 +74,8 @@ class Query:
         self.settings, self.executed, self.n_kept = settings, executed, n_kept
         self.sampled = _even(n_kernels, settings.n_sampled)
         self.spanning = _even(n_kernels, settings.n_span) if spanning else np.zeros(n_kernels, dtype=bool)
-        self.parts, self.span, self.first, self.window = [], [], 0, 0
+        self.parts, self.first, self.window = [], 0, 0
+        self.span, self.spanned = np.empty((0, 0)), 0
         self.kept: tuple[np.ndarray, np.ndarray] = np.empty(0, dtype=int), np.empty((0, 0))
 
     def add(self, kernel: Float[np.ndarray, "kernel token"]) -> None:
@@ -86,9 +87,16 @@ class Query:
         if self.executed:
             found |= _references(kernel, scaled, coefficient, self.sampled[here], self.settings)
         self.parts.append(found)
-        self.span.append(coefficient[self.spanning[here] & ~np.isnan(coefficient[:, 0])])
+        self._span(coefficient[self.spanning[here] & ~np.isnan(coefficient[:, 0])])
         self._keep(np.arange(here.start, here.stop), scaled)
         self.first = here.stop
+
+    def _span(self, coefficient: Float[np.ndarray, "kernel coefficient"]) -> None:
+        """Hold kernels of the span, in an array that is as large as all of them from the start."""
+        if not self.span.size:
+            self.span = np.empty((int(self.spanning.sum()), coefficient.shape[1]))
+        self.span[self.spanned : self.spanned + len(coefficient)] = coefficient
+        self.spanned += len(coefficient)
 
     def _keep(self, index: Int[np.ndarray, " kernel"], scaled: Float[np.ndarray, "kernel token"]) -> None:
         if self.n_kept:
@@ -111,8 +119,12 @@ class Query:
         curves = ("compaction", "dft_compaction")
         details = {name: values for name, values in each.items() if name not in curves}
         details["n_dead"] = np.asarray(float(np.sum(~alive)))
-        details |= _of_span(np.concatenate(self.span), self.window, self.settings)
+        details |= _of_span(self.span[: self.spanned], self.window, self.settings)
         return details, totals | {"live": np.asarray(float(alive.sum()))}
+
+    def release(self) -> None:
+        """Let go of the kernels of the span: its result has been taken."""
+        self.span, self.spanned = np.empty((0, 0)), 0
 
 
 def _even(size: int, n: int) -> Bool[np.ndarray, " kernel"]:

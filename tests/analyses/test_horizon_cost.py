@@ -75,6 +75,14 @@ def test_memory_grows_with_a_layer_and_not_with_layers() -> None:
     assert peak(stored(1, 4096, 16)[0]) < 2.4 * one
 
 
+def test_memory_is_of_a_block_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    peak(stored(1, 512, 16)[0])
+    monkeypatch.setattr(f"{LAYER}.LAYER_BYTES", 1)
+    monkeypatch.setattr(f"{LAYER}.BLOCK_BYTES", 2 * 8 * 4096 * 8)
+    few, many = (peak(stored(1, 4096, n)[0]) for n in (16, 64))
+    assert many < 1.35 * few, "4 times the channels: their results, and no more of delta"
+
+
 @pytest.mark.parametrize("spread", [0.0, 0.5, 3.0])
 def test_a_path_is_reached_where_a_search_says(spread: float) -> None:
     """Steps alike, uneven, and so uneven that cells hold many tokens; runs of 0, and a start far from 0."""

@@ -83,7 +83,7 @@ def test_lag_swaps_agree_with_loops(family):
     pairs = np.flatnonzero(role == "value")
     asked = Questions(asked_at, trace.source_token.values[0, asked_at], 0 * asked_at, pairs, np.ones(n, bool))
     paths = layer_weights(weights, 0, family).paths
-    found = lag_swap(u, paths, asked, (0, 1), seed=3)
+    found = lag_swap(lambda tokens: u[tokens], len(u), paths, asked, (0, 1), seed=3)
     distances = np.random.default_rng(3).permutation(np.arange(1, n))[:N_SWAPS]
     for offset in (0, 1):
         made_for = {"B": [offset + 1], "C": [0], "x": [offset] + [offset + 1] * (family == "s4d")}

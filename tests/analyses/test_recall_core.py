@@ -1,11 +1,14 @@
 """The arrays of the recall circuit against brute force: a sequential block, explicit loops, scipy's intervals."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
+from mamba_probe.analyses.common import runs
 from mamba_probe.analyses.recall_circuit.core import (
     Prompt,
     Questions,
@@ -14,6 +17,7 @@ from mamba_probe.analyses.recall_circuit.core import (
     gated_output,
     identity_error,
     log_delta_contrast,
+    mean_log_delta,
     norm_scale,
     readout,
     relative_tap,
@@ -22,7 +26,8 @@ from mamba_probe.analyses.recall_circuit.core import (
     write_energy,
 )
 from mamba_probe.analyses.recall_circuit.proportion import causal_share, wilson
-from mamba_probe.analyses.recall_circuit.tally import Answer, answer_shares, match, pair_scores, tally
+from mamba_probe.analyses.recall_circuit.reading import Answer, read_answers, read_sums, survey
+from mamba_probe.analyses.recall_circuit.tally import match, pair_scores, tally
 
 TOKENS, HEADS, CHANNELS, GROUPS, STATES, MODEL = 11, 4, 3, 2, 5, 7
 
@@ -35,6 +40,37 @@ def draw(seed: int, shared_decay: bool) -> tuple[Prompt, np.ndarray, np.ndarray]
     x, z = rng.normal(size=(2, TOKENS, HEADS, CHANNELS))
     prompt = Prompt(delta, np.cumsum(delta, axis=0), A, B, C, x, z)
     return prompt, rng.normal(size=(MODEL, HEADS, CHANNELS)), rng.normal(size=HEADS)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A prompt that goes by in runs of some tokens."""
+
+    prompt: Prompt
+    most: int = TOKENS
+
+    @property
+    def size(self):
+        return len(self.prompt.delta)
+
+    def prompts(self):
+        for at in runs(self.size, (), self.most):
+            p = self.prompt
+            parts = (p.delta[at], p.cumulative[at], p.A, p.B[at], p.C[at], p.x[at], p.z[at])
+            yield at, Prompt(*parts)
+
+    def runs(self, until):
+        yield from ((at, prompt.run) for at, prompt in self.prompts() if at.start < until)
+
+
+def gated(prompt: Prompt, skip: np.ndarray, query: int, most: int = TOKENS) -> np.ndarray:
+    reader = prompt.reader(query)
+    return gated_output(read_sums(Held(prompt, most), np.array([query]), [reader])[0], reader, skip)
+
+
+def tallied(prompt: Prompt, read: np.ndarray, energy: np.ndarray, asked: Questions, offsets, scale, most: int = TOKENS):
+    tokens = Held(prompt, most)
+    return tally(tokens, survey(tokens, asked, offsets, energy), read, asked, offsets, scale)
 
 
 def sequential(prompt: Prompt, out_proj: np.ndarray, skip: np.ndarray) -> np.ndarray:
@@ -54,19 +90,20 @@ def sequential(prompt: Prompt, out_proj: np.ndarray, skip: np.ndarray) -> np.nda
 def test_contributions_and_skip_sum_to_the_mixer_output(shared_decay: bool, query: int):
     prompt, out_proj, skip = draw(query, shared_decay)
     truth = sequential(prompt, out_proj, skip)[query]
-    gated = gated_output(prompt, skip, query)
-    assert np.abs(np.einsum("mhp,hp->m", out_proj, gated) - truth).max() <= 1e-12 * max(1.0, np.abs(truth).max())
-    assert identity_error(gated, out_proj, truth, 0) < 1e-12
-    assert identity_error(gated, out_proj, truth + 1.0, 0) == pytest.approx(1 / np.abs(truth + 1.0).max())
+    found = gated(prompt, skip, query)
+    assert np.abs(np.einsum("mhp,hp->m", out_proj, found) - truth).max() <= 1e-12 * max(1.0, np.abs(truth).max())
+    assert identity_error(found, out_proj, truth, 0) < 1e-12
+    np.testing.assert_allclose(gated(prompt, skip, query, most=3), found, rtol=1e-12)
+    assert identity_error(found, out_proj, truth + 1.0, 0) == pytest.approx(1 / np.abs(truth + 1.0).max())
 
 
 def test_behind_a_gated_norm_the_identity_holds_up_to_a_scale_per_group():
     prompt, out_proj, skip = draw(2, True)
-    gated = gated_output(prompt, skip, 9)
-    normed = np.concatenate([part / np.sqrt((part**2).mean()) for part in (gated[:2], gated[2:])])
-    assert np.abs(norm_scale(gated, 2)[:, None] * gated - normed).max() < 1e-14
+    found = gated(prompt, skip, 9)
+    normed = np.concatenate([part / np.sqrt((part**2).mean()) for part in (found[:2], found[2:])])
+    assert np.abs(norm_scale(found, 2)[:, None] * found - normed).max() < 1e-14
     out = np.einsum("mhp,hp->m", out_proj, normed)
-    assert identity_error(gated, out_proj, out, 2) < 1e-12 < 1e-3 < identity_error(gated, out_proj, out, 1)
+    assert identity_error(found, out_proj, out, 2) < 1e-12 < 1e-3 < identity_error(found, out_proj, out, 1)
     assert norm_scale(np.zeros((4, 3)), 2).tolist() == [1.0] * 4
 
 
@@ -97,14 +134,14 @@ def test_answers_agree_with_loops():
         read = readout(rng.normal(size=(3, MODEL)), np.ones(MODEL), out_proj)
         scale, pairs, query = rng.uniform(0.1, 9, HEADS), np.array([1, 3, 5]), 9
         logit, unfaded = (looped(prompt, read, query, scale, faded) for faded in (True, False))
-        asked = Answer(query, 3, 2, scale, read)
-        answers = answer_shares(prompt, asked)
+        asked = Answer(query, 3, 2, scale, read, prompt.reader(query))
+        answers = read_answers(Held(prompt), [asked], (0,))[0].shares
         np.testing.assert_allclose(answers, logit[:, 2], rtol=1e-10)
         expected = (float(logit[pairs, 2].argmax() == 1), float(logit[3].argmax() == 2))
         assert pair_scores(answers, logit[3], asked, pairs, 3) == expected
         hits.append(expected)
         one = Questions(np.array([query]), np.array([3]), np.array([2]), pairs, np.ones(TOKENS, bool))
-        totals = tally(prompt, read, (out_proj**2).sum(axis=0), one, (0, 1, 2), scale[None]).totals[:, 0]
+        totals = tallied(prompt, read, (out_proj**2).sum(axis=0), one, (0, 1, 2), scale[None]).totals[:, 0]
         found = totals[..., 0] / totals[..., 1]
         share = np.abs(logit[:, 2]) / np.abs(logit[:, 2]).sum()
         for offset in range(3):
@@ -162,8 +199,10 @@ def test_energies_agree_with_loops():
 
 def test_log_delta_contrast_of_a_zero_step_is_finite_and_of_no_step_undefined():
     delta = np.array([[1.0], [0.0]])
-    assert log_delta_contrast(delta, np.array([True, False])) == pytest.approx(-np.log(np.finfo(np.float32).tiny))
-    assert np.isnan(log_delta_contrast(delta, np.array([True, True])))
+    assert log_delta_contrast(mean_log_delta(delta), np.array([True, False])) == pytest.approx(
+        -np.log(np.finfo(np.float32).tiny)
+    )
+    assert np.isnan(log_delta_contrast(mean_log_delta(delta), np.array([True, True])))
 
 
 def test_tap_masses_weigh_channels_by_their_readers():
@@ -181,7 +220,7 @@ def test_tally_adds_up_over_queries():
 
     def of(chosen: list[int]) -> tuple[np.ndarray, np.ndarray]:
         asked = Questions(query[chosen], truth[chosen], value[chosen], pairs, keys)
-        found = tally(prompt, read, energy, asked, (1,), np.ones((len(chosen), HEADS)))
+        found = tallied(prompt, read, energy, asked, (1,), np.ones((len(chosen), HEADS)))
         return found.totals[0], found.carried[0]
 
     (both, carried), each = of([0, 1]), [of([0]), of([1])]

@@ -87,6 +87,23 @@ def test_memory_is_of_a_block_of_heads(monkeypatch):
     assert peak(many, n_span=2)[1] < 1.5 * peak(few, n_span=2)[1], "4 times the heads"
 
 
+@pytest.mark.parametrize(("held", "spans"), [(1, 1), (2 * 7 * 256, 2), (2**24, 4)])
+def test_spans_of_one_pass_are_held_at_a_time(monkeypatch, held, spans):
+    """Two queries, each as executed and as its null: a span holds its kernels once, and none after its result."""
+    made, most = [], []
+
+    class Watched(passes.Query):
+        def add(self, kernel):
+            super().add(kernel)
+            made.append(self)
+            most.append(sum(one.span.nbytes for one in {id(one): one for one in made}.values()))
+
+    monkeypatch.setattr(passes, "Query", Watched)
+    monkeypatch.setattr(passes, "HELD", held)
+    wavelet_alignment.measure(lazy_trace(1, 1, 300, 7).compute(), query_tokens=[260, 299])
+    assert max(most) == spans * 7 * 256 * 8
+
+
 def test_memory_is_linear_in_tokens():
     wavelet_alignment.measure(lazy_trace(1, 1, 64, 4))
     short, long = (peak(lazy_trace(1, 1, n, 4))[1] for n in (2**13, 2**15))

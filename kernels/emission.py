@@ -6,13 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+import torch
 from jaxtyping import Float, Float64, Inexact
 from torch import Tensor
 
-__all__ = ["EMITTABLE", "Emission", "Emit"]
+__all__ = ["EMITTABLE", "STATE_SIZED", "Emission", "Emit"]
 
-EMITTABLE = ("delta", "A_bar", "B_bar", "B", "C", "h", "y", "delta_cumsum")
+EMITTABLE = ("delta", "A_bar", "B_bar", "B", "C", "h", "y", "delta_cumsum", "energy")
 """Names a scan can emit."""
+
+STATE_SIZED = ("A_bar", "B_bar", "h")
+"""Those with a state axis that the scan computes: as large as the state at every token."""
+
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -26,10 +32,11 @@ class Emit:
         tokens: strictly increasing token indices of this call, None for all.
         channels: distinct indices on the head axis (Mamba-1: its channels), None for all. B and C have no
             head axis and ignore them.
+        dtype: float32, bfloat16 or float16, to which A_bar, B_bar and h are rounded; None for the compute dtype.
 
     Raises:
         ValueError: for an unknown or repeated variable, tokens that do not increase, repeated channels,
-            negative indices, or an empty selection.
+            negative indices, an empty selection, or another dtype.
 
     >>> Emit(("delta", "h"), tokens=[0, 5]).tokens
     (0, 5)
@@ -41,6 +48,7 @@ class Emit:
     variables: tuple[str, ...] = ()
     tokens: Sequence[int] | None = None
     channels: Sequence[int] | None = None
+    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "variables", _names(self.variables))
@@ -48,6 +56,13 @@ class Emit:
         object.__setattr__(self, "channels", _indices("channels", self.channels))
         if self.tokens is not None and list(self.tokens) != sorted(self.tokens):
             raise ValueError(f"`tokens` must increase strictly; got {_shown(self.tokens)}")
+        if self.dtype is not None and self.dtype not in NARROW:
+            known = ", ".join(str(dtype) for dtype in NARROW)
+            raise ValueError(f"`dtype` of an emission must be None or one of {known}; got {self.dtype!r}")
+
+    def rounded(self, name: str, value: Tensor) -> Tensor:
+        """`value` of variable `name` in the dtype asked for."""
+        return value if self.dtype is None or name not in STATE_SIZED else value.to(self.dtype)
 
     def positions(self, start: int, stop: int) -> slice | list[int]:
         """Asked-for tokens of the block [start, stop) of a call, as an index into that block."""
@@ -69,9 +84,10 @@ class Emit:
 class Emission:
     """What a scan emitted; None where it was not asked for. The token and head axes hold the selection only.
 
-    delta, A_bar, B_bar, h and y have the scan's compute dtype (float32, or float64 for float64 inputs), B and C
-    that of the inputs; with complex A, A_bar, B_bar, B, C and h are complex. A_bar has no state axis where A has none
-    (Mamba-2). Constant B and C are repeated at every token. y includes D x and is before the gate.
+    delta, A_bar, B_bar, h, y and energy have the scan's compute dtype (float32, or float64 for float64 inputs), unless
+    `Emit.dtype` narrows A_bar, B_bar and h; B and C have that of the inputs; with complex A, A_bar, B_bar, B, C and h
+    are complex. A_bar has no state axis where A has none (Mamba-2). Constant B and C are repeated at every token.
+    y includes D x and is before the gate. energy is the sum of |h|^2 over the states.
     """
 
     delta: Float[Tensor, "batch token head"] | None = None
@@ -82,6 +98,7 @@ class Emission:
     h: Inexact[Tensor, "batch token head head_channel state"] | None = None
     y: Float[Tensor, "batch token head head_channel"] | None = None
     delta_cumsum: Float64[Tensor, "batch token head"] | None = None
+    energy: Float[Tensor, "batch token head head_channel"] | None = None
 
 
 def _names(variables: Sequence[str]) -> tuple[str, ...]:

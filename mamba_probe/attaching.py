@@ -20,13 +20,13 @@ def chosen_backend(device: torch.device, asked: str, adapters: Sequence[MixerAda
         if choice.name == "triton" and limited:
             return (
                 "cpu",
-                f"{limited[0].family} layers need complex A and zoh, which triton lacks; plain torch on {device}",
+                f"{limited[0].family} layers need complex A, which triton lacks; plain torch on {device}",
             )
         return choice
     if asked not in BACKENDS:
         raise unknown_name("backend", asked, ("auto", *BACKENDS))
     if asked == "triton" and limited:
-        needs = f"{limited[0].name or 'the mixer'} ({limited[0].family}) needs complex A and zoh"
+        needs = f"{limited[0].name or 'the mixer'} ({limited[0].family}) needs complex A"
         raise ValueError(f'backend "triton" does not support them yet: {needs}. Use backend="cpu", on any device.')
     check_backend(asked, device)
     return asked, "asked for"

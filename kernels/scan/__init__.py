@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mamba_probe.kernels.emission import EMITTABLE, Emission, Emit
 from mamba_probe.kernels.scan.arguments import check
+from mamba_probe.kernels.scan.compiled import cpu_compile
 
 __all__ = [
     "BACKENDS",
@@ -21,11 +22,12 @@ __all__ = [
     "ScanResult",
     "check_backend",
     "choose_backend",
+    "cpu_compile",
     "selective_scan",
 ]
 
 BACKENDS = ("naive", "cpu", "triton")
-_MODULES = {"naive": "naive", "cpu": "cpu", "triton": "fused"}
+_MODULES = {"naive": "naive", "cpu": "cpu", "triton": "gpu"}
 
 
 class ScanResult(NamedTuple):
@@ -98,7 +100,8 @@ def selective_scan(
             (head, state), (batch, token, head) where A is (head,); complex where A is.
         discretization: of the write: "euler" or "zoh".
         emit: what to emit, nothing when None.
-        backend: "auto" (see `choose_backend`), "naive", "cpu" or "triton".
+        backend: "auto" (see `choose_backend`), "naive", "cpu" or "triton". "cpu" runs blocks of plain torch, and
+            for A (head, state) a compiled loop from 10^10 state updates a call on, or as `cpu_compile` says.
 
     Returns:
         y in x's dtype, last_state and emission in float32 or complex64 (float64 or complex128 when all inputs are),
@@ -106,8 +109,7 @@ def selective_scan(
 
     Raises:
         ValueError: naming the argument, what was expected and what came; for "triton" without a CUDA device, with
-            inputs that require grad, or with what it does not support yet (complex A, constant B or C, zoh, seq_idx,
-            log_decay).
+            inputs that require grad, or with complex A, which it does not support yet.
 
     >>> one = torch.ones(1, 3, 1, 1)
     >>> result = selective_scan(one, one[..., 0], torch.zeros(1, 1), one, one, emit=Emit(("h",), tokens=[1]))

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class Arguments:
     """Checked arguments of one scan; shapes as in `selective_scan`, but for what is brought into one form here.
 
     x, z, delta, B, C and log_decay keep the dtype they came in. A, D (head, head_channel), delta_bias and
-    initial_state (zeros when none was given) have the compute `dtype`, or its complex counterpart. A is (head, state),
+    given_state (None when none was given) have the compute `dtype`, or its complex counterpart. A is (head, state),
     or (head, 1) where it came as (head,): `scalar_A`; log_decay is (batch, token, head, state or 1). B and C are
     (batch, token, group, state); those that came as (group, state) are named in `constant` and take no memory.
     starts (batch, token, 1, 1) says where seq_idx changes, never at the call's first token.
@@ -42,7 +43,7 @@ class Arguments:
     delta_bias: Tensor | None
     delta_softplus: bool
     delta_limits: tuple[float, float]
-    initial_state: Tensor
+    given_state: Tensor | None
     starts: Tensor | None
     log_decay: Tensor | None
     discretization: str
@@ -50,6 +51,19 @@ class Arguments:
     dtype: torch.dtype
     scalar_A: bool
     constant: tuple[str, ...]
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """(batch, head, head_channel, state)."""
+        return self.x.shape[0], *self.x.shape[2:], self.B.shape[3]
+
+    @cached_property
+    def initial_state(self) -> Tensor:
+        """Zeros, in no memory, when none was given."""
+        if self.given_state is not None:
+            return self.given_state
+        dtype = self.dtype.to_complex() if self.A.is_complex() else self.dtype
+        return self.x.new_zeros((), dtype=dtype).expand(self.state_shape)
 
     @property
     def n_token(self) -> int:
@@ -101,7 +115,6 @@ def check(
     dtype = _compute_dtype(given)
     _check_shapes(given)
     state_dtype = dtype.to_complex() if A.is_complex() else dtype
-    start = initial_state if initial_state is not None else x.new_zeros((), dtype=state_dtype)
     return Arguments(
         x=x,
         delta=delta,
@@ -113,11 +126,11 @@ def check(
         delta_bias=None if delta_bias is None else delta_bias.to(dtype),
         delta_softplus=bool(delta_softplus),
         delta_limits=_limits(delta_limits),
-        initial_state=start.to(state_dtype).expand(x.shape[0], *x.shape[2:], B.shape[-1]),
+        given_state=None if initial_state is None else initial_state.to(state_dtype).contiguous(),
         starts=None if seq_idx is None else _starts(seq_idx),
         log_decay=None if log_decay is None else log_decay.reshape(*x.shape[:3], -1),
         discretization=_known(discretization),
-        emit=_checked_emit(emit, n_token=x.shape[1], n_head=x.shape[2]),
+        emit=_checked_emit(emit, n_token=x.shape[1], n_head=x.shape[2], is_complex=A.is_complex()),
         dtype=dtype,
         scalar_A=A.ndim == 1,
         constant=tuple(name for name in "BC" if given[name].ndim == 2),
@@ -190,11 +203,11 @@ def _check_shapes(given: dict[str, Tensor]) -> None:
 
 
 def _match(name: str, value: Tensor, axes: tuple[str, ...], sizes: dict[str, int]) -> None:
-    expected = ", ".join(f"{axis} {sizes[axis]}" if axis in sizes else axis for axis in axes)
     right = value.ndim == len(axes) and all(
         sizes.get(axis, size) == size for axis, size in zip(axes, value.shape, strict=True)
     )
     if not right:
+        expected = ", ".join(f"{axis} {sizes[axis]}" if axis in sizes else axis for axis in axes)
         raise ValueError(f"`{name}` must have shape ({expected}); got {tuple(value.shape)}")
     sizes.update(zip(axes, value.shape, strict=True))
 
@@ -224,10 +237,12 @@ def _limits(limits: tuple[float, float]) -> tuple[float, float]:
     return low, high
 
 
-def _checked_emit(emit: Emit | None, *, n_token: int, n_head: int) -> Emit:
+def _checked_emit(emit: Emit | None, *, n_token: int, n_head: int, is_complex: bool) -> Emit:
     emit = Emit() if emit is None else emit
     if not isinstance(emit, Emit):
         raise ValueError(f"`emit` must be an Emit; got {type(emit).__name__}: write Emit(variables=(...))")
+    if emit.dtype is not None and is_complex:
+        raise ValueError(f"`emit.dtype` is {emit.dtype}, but `A` is complex, and so is the state: leave it None")
     for name, indices, size in (("tokens", emit.tokens, n_token), ("channels", emit.channels, n_head)):
         if indices is not None and max(indices) >= size:
             axis = "tokens" if name == "tokens" else "heads"

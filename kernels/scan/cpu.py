@@ -1,18 +1,20 @@
-"""The selective scan in blocks of tokens with plain torch: no compiler, differentiable, on any device of torch.
+"""The selective scan in blocks of tokens with plain torch, or compiled (`compiled.py` says when); differentiable.
 
 Real A (head,): matrix products within a chunk, decays from segment sums (Dao & Gu 2024, arXiv 2405.21060, section 6);
 never from differences of cumulative sums, which lose 4.8e-4 .. 2.2e-3 after a large delta. Any other A: exp over a
 whole block at once, then one multiply-add a token. In both, the log of A_bar is -inf where a sequence starts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_probe.kernels.emission import Emission
+from mamba_probe.kernels.scan import compiled
 from mamba_probe.kernels.scan.arguments import Arguments
+from mamba_probe.kernels.scan.block import Block, Step, select
 from mamba_probe.kernels.scan.naive import decay_exponent, read_out, step_size, write_scale
 
 __all__ = ["BLOCK_BYTES", "scan"]
@@ -22,52 +24,85 @@ BLOCK_BYTES = 16 * 2**20
 LONGEST_CHUNK = 64
 """Tokens of a chunk for A (head,): its work a token grows with this length."""
 
-Step = tuple[Tensor, Tensor, Callable[[slice | list[int]], Tensor]]
-"""Of one block: y (batch, token, head, head_channel) without D, the state after it, the states after chosen tokens."""
-
 
 def scan(a: Arguments) -> tuple[Tensor, Tensor, Emission]:
     """Outputs (batch, token, head, head_channel) in x's dtype, last state, emission."""
+    answer = None
+    if compiled.wanted(a):
+        answer = compiled.attempt(lambda: _by_blocks(a, compiled.step, compiled.length(a, BLOCK_BYTES)))
+    if answer is None:
+        chunks = a.scalar_A and not a.A.is_complex()
+        answer = _by_blocks(a, *((_chunked, _chunk_length(a)) if chunks else (_blocked, _block_length(a))))
+    return answer
+
+
+def _by_blocks(a: Arguments, step: Callable[[Tensor, Block], Step], length: int) -> tuple[Tensor, Tensor, Emission]:
+    """`step` on `length` tokens at a time, and what depends on nothing but its y and states."""
     delta = step_size((a.delta[:, :1] if a.constant_delta else a.delta).to(a.dtype), a)
-    chunks = a.scalar_A and not a.A.is_complex()
-    step, length = (_chunked, _chunk_length(a)) if chunks else (_blocked, _block_length(a))
-    h, outputs, kept = a.initial_state, [], {name: [] for name in ("h", "y") if name in a.emit.variables}
+    kept = {name: _Kept(name, a) for name in ("h", "energy", "y") if name in a.emit.variables}
+    h, outputs = a.initial_state, []
     for start in range(0, a.n_token, length):
         span = slice(start, start + length)
-        x, B, C = (a.widened(tensor[:, span]) for tensor in (a.x, a.B, a.C))
-        log_decay = None if a.log_decay is None else a.widened(a.log_decay[:, span])
-        here = delta if a.constant_delta else delta[:, span]
-        exponent = decay_exponent(here, a.A, log_decay, None if a.starts is None else a.starts[:, span])
-        y, h, states = step(h, x, exponent, write_scale(here, a.A, a.discretization), B, C)
-        y = y if a.D is None else y + a.D * x
-        if "h" in kept:
-            kept["h"].append(a.emit.heads_of(states(a.emit.positions(start, start + length)), 2))
-        if "y" in kept:
-            kept["y"].append(a.emit.heads_of(a.emit.tokens_of(y, start), 2))
+        block = Block(a, delta if a.constant_delta else delta[:, span], span)
+        y, h, states = step(h, block)
+        y = y if a.D is None else y + a.D * block.x
+        chosen = a.emit.positions(start, start + length)
+        after = states(chosen) if compiled.needs_states(a) else []
+        for name, keeper in kept.items():
+            keeper.add(select(list(y.unbind(1)), chosen) if name == "y" else after)
         outputs.append((y if a.z is None else y * F.silu(a.z[:, span].to(a.dtype))).to(a.x.dtype))
-    emission = _stateless(a, delta.expand(a.delta.shape)) | {
-        name: torch.cat(blocks, dim=1) for name, blocks in kept.items()
-    }
+    emission = _stateless(a, delta.expand(a.delta.shape)) | {name: keeper.all() for name, keeper in kept.items()}
     return torch.cat(outputs, dim=1), h, Emission(**emission)
 
 
-def _blocked(h: Tensor, x: Tensor, exponent: Tensor, scale: Tensor, B: Tensor, C: Tensor) -> Step:
+class _Kept:
+    """One variable that is emitted token by token; written once, into its place, where no gradient forbids it."""
+
+    def __init__(self, name: str, a: Arguments) -> None:
+        self._name, self._a, self._n_token, self._tokens = name, a, 0, []
+        self._whole: Tensor | None = None
+
+    def add(self, tokens: Sequence[Tensor]) -> None:
+        """The next chosen tokens, each (batch, head, head_channel, ...)."""
+        emit = self._a.emit
+        tokens = [emit.rounded(self._name, emit.heads_of(token, 1)) for token in tokens]
+        tokens = [_energy(token) for token in tokens] if self._name == "energy" else tokens
+        if compiled.needs_grad(self._a):
+            self._tokens += tokens
+        elif tokens:
+            if self._whole is None:
+                n_token = self._a.n_token if emit.tokens is None else len(emit.tokens)
+                self._whole = tokens[0].new_empty(len(tokens[0]), n_token, *tokens[0].shape[1:])
+            torch.stack(tokens, dim=1, out=self._whole[:, self._n_token : self._n_token + len(tokens)])
+            self._n_token += len(tokens)
+
+    def all(self) -> Tensor:
+        """(batch, token, head, head_channel, ...)."""
+        return torch.stack(self._tokens, dim=1) if self._whole is None else self._whole
+
+
+def _energy(h: Tensor) -> Tensor:
+    """The sum of |h|^2 over the states."""
+    return (h * h.conj()).real.sum(-1) if h.is_complex() else (h * h).sum(-1)
+
+
+def _blocked(h: Tensor, block: Block) -> Step:
     """One block with any A; exponent and scale hold one token where delta is constant."""
-    B, C = (_per_head(tensor, x.shape[2])[:, :, :, None] for tensor in (B, C))
-    A_bar = torch.exp(exponent)[:, :, :, None].expand(-1, x.shape[1], -1, -1, -1)
-    write = scale[:, :, :, None] * x[..., None] * B
+    x, B, C = block.x, *(block.per_head(tensor)[:, :, :, None] for tensor in (block.B, block.C))
+    A_bar = torch.exp(block.exponent)[:, :, :, None].expand(-1, x.shape[1], -1, -1, -1)
+    write = block.scale[:, :, :, None] * x[..., None] * B
     states = []
     for decay, wrote in zip(A_bar.unbind(1), write.unbind(1), strict=True):
         h = torch.addcmul(wrote, decay, h)
         states.append(h)
-    block = torch.stack(states, dim=1)
-    return read_out((block * C).sum(-1)), h, lambda chosen: block[:, chosen]
+    return read_out((torch.stack(states, dim=1) * C).sum(-1)), h, lambda chosen: select(states, chosen)
 
 
-def _chunked(h: Tensor, x: Tensor, exponent: Tensor, scale: Tensor, B: Tensor, C: Tensor) -> Step:
+def _chunked(h: Tensor, block: Block) -> Step:
     """One chunk with real A (head,): heads as (g group, r head of the group), tokens l (to) and s (from)."""
-    n_group, exponent = B.shape[2], exponent.expand(-1, x.shape[1], -1, -1)
-    exponent, write = exponent[..., 0].unflatten(2, (n_group, -1)), (scale * x).unflatten(2, (n_group, -1))
+    x, B, C = block.x, block.B, block.C
+    n_group, exponent = B.shape[2], block.exponent.expand(-1, x.shape[1], -1, -1)
+    exponent, write = exponent[..., 0].unflatten(2, (n_group, -1)), (block.scale * x).unflatten(2, (n_group, -1))
     h = h.unflatten(1, (n_group, -1))
     since_start = torch.exp(exponent.cumsum(1))
     decay = torch.exp(_segment_sum(exponent.movedim(1, -1)))
@@ -80,7 +115,7 @@ def _chunked(h: Tensor, x: Tensor, exponent: Tensor, scale: Tensor, B: Tensor, C
         local = torch.einsum("blgrps,bsgn->blgrpn", decayed, B)
         return (local + since_start[:, chosen, :, :, None, None] * h[:, None]).flatten(2, 3)
 
-    return y.flatten(2, 3), states([x.shape[1] - 1])[:, 0], states
+    return y.flatten(2, 3), states([x.shape[1] - 1])[:, 0], lambda chosen: list(states(chosen).unbind(1))
 
 
 def _segment_sum(log_decay: Tensor) -> Tensor:
@@ -99,7 +134,8 @@ def _stateless(a: Arguments, delta: Tensor) -> dict[str, Tensor]:
 
     def A_bar() -> Tensor:
         given = None if a.log_decay is None else a.widened(a.emit.heads_of(a.emit.tokens_of(a.log_decay), 2))
-        A_bar = torch.exp(decay_exponent(chosen, A, given, None if a.starts is None else a.emit.tokens_of(a.starts)))
+        exponent = decay_exponent(chosen, A, given, None if a.starts is None else a.emit.tokens_of(a.starts))
+        A_bar = torch.exp(exponent) if given is exponent else exponent.exp_()
         return A_bar[..., 0] if a.scalar_A else A_bar
 
     makers = {
@@ -110,13 +146,7 @@ def _stateless(a: Arguments, delta: Tensor) -> dict[str, Tensor]:
         "C": lambda: a.emit.tokens_of(a.C).clone(),
         "delta_cumsum": lambda: a.emit.tokens_of(a.emit.heads_of(delta, 2).cumsum(1, dtype=torch.float64)),
     }
-    return {name: make() for name, make in makers.items() if name in a.emit.variables}
-
-
-def _per_head(tensor: Tensor, n_head: int) -> Tensor:
-    """(batch, token, group, state) -> its head axis, left at 1 where one group serves all."""
-    n_group = tensor.shape[2]
-    return tensor if n_group == 1 else tensor.repeat_interleave(n_head // n_group, dim=2)
+    return {name: a.emit.rounded(name, make()) for name, make in makers.items() if name in a.emit.variables}
 
 
 def _block_length(a: Arguments) -> int:

@@ -1,247 +1,378 @@
-"""The selective scan as one Triton kernel for any real A: Mamba-1 (head_channel 1) and Mamba-2 (A one scalar a head).
+"""The selective scan with a decay for each state: A (head, state), real. Mamba-1 is head_channel 1.
 
-A program keeps the state of some rows (a row is one head_channel of one head) of one group and one batch item in
-registers and walks over the tokens. All arithmetic is in the compute dtype, float32 or float64. Forward only.
+A program keeps the states of BLOCK_R rows (a row is one head_channel of one head), of one group and one batch item, in
+registers and walks over the tokens of one chunk, BLOCK_T at a time. What belongs to a (row, token) pair is computed
+on a tile, once; B and C of a block of tokens go through shared memory; all of it is loaded one block ahead.
+
+With several chunks the kernel runs twice: with LOCAL for every chunk but the last, from nothing, which leaves its last
+state and the log2 of its whole decay; then for every chunk, from what the chunks before it left, in order.
 """
 
-from collections.abc import Sequence
-from typing import Any, cast
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
+
+import math
+from functools import cache
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mamba_probe.kernels.emission import Emission
 from mamba_probe.kernels.scan.arguments import Arguments
+from mamba_probe.kernels.scan.elementwise import LOG2E, decay, phi1, silu, step_size
+from mamba_probe.kernels.scan.rows import columns, from_columns, slices
 
-__all__ = ["check_device", "scan"]
+__all__ = ["Tile", "choose_tile", "launch", "scan_kernel"]
 
-TILE = 1024
-"""State elements of one program, at least one row."""
+WARPS = 12
+"""Programs that an SM holds at REGISTERS registers a thread."""
 
+REGISTERS = 168
 
-@triton.jit
-def _clamp(value, low, high):
-    """NaN stays NaN, as in torch; Triton's default would hide it."""
-    value = tl.maximum(value, low, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(value, high, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _step_size(raw, SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
-    if SOFTPLUS:
-        # max(x, 0) + log1p(u), u = exp(-|x|); log(1 + u) alone loses small delta, its ratio to (1 + u) - 1 does not
-        u = tl.exp(-tl.abs(raw))
-        w = 1.0 + u
-        log1p = tl.where(w == 1.0, u, tl.log(w) * (u / tl.where(w == 1.0, 1.0, w - 1.0)))
-        raw = tl.where(raw > 20.0, raw, tl.maximum(raw, 0.0) + log1p)
-    return _clamp(raw, tl.full((1,), LOW, raw.dtype), tl.full((1,), HIGH, raw.dtype))
+SHORTEST = 64
+"""Tokens of a chunk, at least."""
 
 
 @triton.jit
-def _exp(z):
-    """exp for the decay: what tl.exp of float32 errs is alike from token to token, and a long memory adds it up.
-
-    2^n (1 + r + r^2 p(r)) with n = round(z / ln 2), |r| <= ln 2 / 2; coefficients: Cephes, `expf`.
-    """
-    if z.dtype == tl.float64:
-        return tl.exp(z)
-    z = _clamp(z, -104.0, 89.0)
-    n = tl.floor(z * 1.4426950408889634 + 0.5)
-    r = z - n * 0.693359375 + n * 2.12194440e-4
-    p = 1.9875691500e-4 * r + 1.3981999507e-3
-    p = p * r + 8.3334519073e-3
-    p = p * r + 4.1665795894e-2
-    p = p * r + 1.6666665459e-1
-    p = p * r + 5.0000001201e-1
-    return (1.0 + (r + r * r * p)) * tl.exp2(n)
+def _load(p, o, mask, dtype: tl.constexpr):
+    return tl.load(p + o, mask=mask, other=0.0).to(dtype)
 
 
 @triton.jit
-def _emit(o_kept, o_p, o_n, m_row, m_tile, delta, cumsum, A_bar, B_bar, h, y,
-          e_delta, e_cumsum, e_A_bar, e_B_bar, e_h, e_y,
-          P: tl.constexpr, N: tl.constexpr, SCALAR_A: tl.constexpr):  # fmt: skip
-    m_head = m_row & (o_p == 0)
-    if e_delta is not None:
-        tl.store(e_delta + o_kept, delta, mask=m_head)
-    if e_cumsum is not None:
-        tl.store(e_cumsum + o_kept, cumsum, mask=m_head)
-    if e_A_bar is not None:
-        if SCALAR_A:
-            tl.store(e_A_bar + o_kept[:, None], A_bar, mask=m_head[:, None])
-        else:
-            tl.store(e_A_bar + o_kept[:, None] * N + o_n[None, :], A_bar, mask=m_tile & m_head[:, None])
-    if e_B_bar is not None:
-        tl.store(e_B_bar + o_kept[:, None] * N + o_n[None, :], B_bar, mask=m_tile & m_head[:, None])
-    if e_h is not None:
-        tl.store(e_h + (o_kept * P + o_p)[:, None] * N + o_n[None, :], h, mask=m_tile)
-    if e_y is not None:
-        tl.store(e_y + o_kept * P + o_p, y, mask=m_row)
+def _load_states(p_B, p_C, B_strides, C_strides, o_v, m_v, t, stop, BLOCK_T: tl.constexpr, dtype: tl.constexpr):
+    """B and C of BLOCK_T tokens from t on, where the pointers point: tiles (4, high, low, 2), or without 2 B alone."""
+    tiles = ()
+    for j in tl.static_range(BLOCK_T // 4):
+        o_four = 4 * j + tl.arange(0, 4)
+        mask = (t + o_four < stop)[:, None, None] & m_v
+        b_B = _load(p_B, o_four[:, None, None] * B_strides[1] + o_v * B_strides[3], mask, dtype)
+        if p_C is not None:
+            b_C = _load(p_C, o_four[:, None, None] * C_strides[1] + o_v * C_strides[3], mask, dtype)
+            b_B = tl.join(b_B, b_C)  # one way through shared memory for both
+        tiles = tiles + (b_B,)
+    return tiles
+
+
+@triton.jit
+def _step(b_h, b_A, b_delta, b_write, b_B, b_log, b_start, ZOH: tl.constexpr, NARROW: tl.constexpr):
+    """One token: the new state, its decay and the scale of its write; b_write is delta x."""
+    b_log2 = b_delta[:, None, None] * b_A if b_log is None else b_log * LOG2E
+    b_decay = decay(b_log2, NARROW)
+    b_in = b_write[:, None, None] * b_B
+    b_phi = b_in  # unused unless ZOH
+    if ZOH:
+        b_z = b_delta[:, None, None] * b_A * (1.0 / LOG2E)
+        b_phi = phi1(b_z, tl.exp2(b_z * LOG2E))
+        b_in *= b_phi
+    if b_start is not None:
+        b_begins = (b_start > 0.5)[:, None, None]
+        b_decay = tl.where(b_begins, 0.0, b_decay)
+        b_log2 = tl.where(b_begins, -float("inf"), b_log2)
+    return b_decay * b_h + b_in, b_decay, b_log2, b_phi
 
 
 @triton.jit
 def scan_kernel(
-    p_x, p_delta, p_A, p_B, p_C, p_D, p_z, p_bias, p_h, p_token_slot, p_head_slot,
-    p_out, p_last, e_delta, e_cumsum, e_A_bar, e_B_bar, e_h, e_y,
-    n_token, n_kept_token, n_kept_head,
-    H: tl.constexpr, P: tl.constexpr, G: tl.constexpr, N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-    SCALAR_A: tl.constexpr, SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    p_x, p_delta, p_A, p_B, p_C, p_D, p_z, p_bias, p_starts, p_log_decay, p_initial, p_decay, p_local, p_elapsed,
+    p_out, p_last, p_token_slot, p_head_slot, e_delta, e_cumsum, e_A_bar, e_B_bar, e_h, e_y, e_energy,
+    x_strides, delta_strides, B_strides, C_strides, z_strides,
+    n_token, n_chunk, chunk, n_kept_token,
+    H: tl.constexpr, P: tl.constexpr, G: tl.constexpr, N: tl.constexpr, KEPT_HEAD: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+    SOFTPLUS: tl.constexpr, MIN: tl.constexpr, MAX: tl.constexpr, ZOH: tl.constexpr,
 ):  # fmt: skip
-    """Grid: batch x group x blocks of BLOCK_R rows. Tensors are contiguous, shapes as in `selective_scan`."""
+    """Grid: blocks of rows x chunks x (batch x group). A state is (high, low), low contiguous in memory."""
+    LOCAL: tl.constexpr = p_C is None
+    NARROW: tl.constexpr = p_x.dtype.element_ty.primitive_bitwidth == 16
     ROWS: tl.constexpr = H // G * P
-    N_BLOCK: tl.constexpr = (ROWS + BLOCK_R - 1) // BLOCK_R
-    i_program = tl.program_id(0)
-    i_group = i_program // N_BLOCK % G
-    i_batch = (i_program // (N_BLOCK * G)).to(tl.int64)
-    o_local = i_program % N_BLOCK * BLOCK_R + tl.arange(0, BLOCK_R)
-    o_n = tl.arange(0, BLOCK_N)
-    m_row = o_local < ROWS
-    m_n = o_n < N
-    m_tile = m_row[:, None] & m_n[None, :]
+    dtype: tl.constexpr = p_A.dtype.element_ty
+    i_chunk = tl.program_id(1)
+    i_batch = (tl.program_id(2) // G).to(tl.int64)
+    i_group = tl.program_id(2) % G
+    o_local = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     o_row = i_group * ROWS + o_local
     o_head = o_row // P
-    o_state = (i_batch * (H * P) + o_row)[:, None] * N + o_n[None, :]
-    dtype = p_A.dtype.element_ty
-    if SCALAR_A:
-        b_A = tl.load(p_A + o_head, mask=m_row, other=0.0)[:, None]
-    else:
-        b_A = tl.load(p_A + o_head[:, None] * N + o_n[None, :], mask=m_tile, other=0.0)
-    b_h = tl.load(p_h + o_state, mask=m_tile, other=0.0)
+    o_token = tl.arange(0, BLOCK_T)
+    o_v = tl.arange(0, HIGH)[None, :, None] * LOW + tl.arange(0, LOW)[None, None, :]
+    m_row = o_local < ROWS if ROWS % BLOCK_R else tl.full((BLOCK_R,), True, tl.int1)
+    m_v = o_v < N if N < HIGH * LOW else tl.full((1, HIGH, LOW), True, tl.int1)
+    m_state = m_row[:, None, None] & m_v
+    start = i_chunk * chunk
+    stop = tl.minimum(start + chunk, n_token)
+
+    b_A = _load(p_A, o_head[:, None, None] * N + o_v, m_state, dtype) * LOG2E
+    o_state = (i_batch * (H * P) + o_row)[:, None, None] * N + o_v
+    i_start = start.to(tl.int64)
+    p_x += i_batch * x_strides[0] + i_start * x_strides[1]
+    p_delta += i_batch * delta_strides[0] + i_start * delta_strides[1]
+    p_B += i_batch * B_strides[0] + i_start * B_strides[1] + i_group * B_strides[2]
+    if p_C is not None:
+        p_C += i_batch * C_strides[0] + i_start * C_strides[1] + i_group * C_strides[2]
+    p_out += (i_batch * n_token + i_start) * (H * P)
+    o_x = (o_head.to(tl.int64) * x_strides[2] + o_row % P * x_strides[3])[:, None] + o_token[None, :] * x_strides[1]
+    o_delta = (o_head.to(tl.int64) * delta_strides[2])[:, None] + o_token[None, :] * delta_strides[1]
+    o_out = o_row[:, None] + o_token[None, :] * (H * P)
+    b_bias = 0.0 if p_bias is None else tl.load(p_bias + o_head, mask=m_row, other=0.0)[:, None]
+    if p_D is not None:
+        b_D = tl.load(p_D + o_row, mask=m_row, other=0.0)[:, None]
+    if p_z is not None:
+        p_z += i_batch * z_strides[0] + i_start * z_strides[1]
+        o_z = (o_head.to(tl.int64) * z_strides[2] + o_row % P * z_strides[3])[:, None] + o_token[None, :] * z_strides[1]
+    b_slot = o_head
+    m_kept = m_row
     if p_head_slot is not None:
         b_slot = tl.load(p_head_slot + o_head, mask=m_row, other=-1)
-        b_cumsum = tl.zeros((BLOCK_R,), dtype=tl.float64)
-    for t in range(n_token):
-        i_token = i_batch * n_token + t
-        b_x = tl.load(p_x + i_token * (H * P) + o_row, mask=m_row, other=0.0).to(dtype)
-        b_delta = tl.load(p_delta + i_token * H + o_head, mask=m_row, other=0.0).to(dtype)
-        b_B = tl.load(p_B + (i_token * G + i_group) * N + o_n, mask=m_n, other=0.0).to(dtype)
-        b_C = tl.load(p_C + (i_token * G + i_group) * N + o_n, mask=m_n, other=0.0).to(dtype)
-        if p_bias is not None:
-            b_delta += tl.load(p_bias + o_head, mask=m_row, other=0.0)
-        b_delta = _step_size(b_delta, SOFTPLUS, LOW, HIGH)
-        b_A_bar = _exp(b_delta[:, None] * b_A)
-        b_B_bar = b_delta[:, None] * b_B[None, :]
-        b_h = b_A_bar * b_h + b_B_bar * b_x[:, None]
-        b_y = tl.sum(b_h * b_C[None, :], axis=1)
+        m_kept = m_row & (b_slot >= 0)
+    m_head = m_kept & (o_row % P == 0)
+    o_slot = b_slot[:, None, None] * N + o_v
+    o_h = (b_slot * P + o_row % P)[:, None, None] * N + o_v
+    i_kept = i_batch * n_kept_token  # of this block's first token, where every token is kept
+    if p_token_slot is None:
+        i_kept += start
+    if p_elapsed is not None or e_cumsum is not None:
+        b_cumsum = tl.zeros((BLOCK_R,), tl.float64)
+        if e_cumsum is not None and p_elapsed is not None:
+            for i_earlier in range(i_chunk):
+                p_whole = p_elapsed + (i_batch * (n_chunk - 1) + i_earlier) * H + o_head
+                b_cumsum += tl.load(p_whole, mask=m_row, other=0.0)
+    if LOCAL:
+        if p_log_decay is None and p_starts is None:
+            b_elapsed = tl.zeros((BLOCK_R, BLOCK_T), dtype)
+        else:
+            b_whole = tl.zeros((BLOCK_R, HIGH, LOW), dtype)
+
+    # the first block; what is loaded in the loop belongs to the next
+    m_next = m_row[:, None] & (start + o_token < stop)[None, :]
+    b_x = _load(p_x, o_x, m_next, dtype)
+    b_raw = _load(p_delta, o_delta, m_next, dtype)
+    b_delta = tl.where(m_next, step_size(b_raw + b_bias, SOFTPLUS, MIN, MAX), 0.0)
+    b_both = tl.join(b_delta, b_delta * b_x)
+    b_BCs = _load_states(p_B, p_C, B_strides, C_strides, o_v, m_v, start, stop, BLOCK_T, dtype)
+    b_skip = b_x
+    b_gate = b_x
+    if not LOCAL:
         if p_D is not None:
-            b_y += tl.load(p_D + o_row, mask=m_row, other=0.0) * b_x
-        b_out = b_y
+            b_skip = b_x * b_D
         if p_z is not None:
-            b_z = tl.load(p_z + i_token * (H * P) + o_row, mask=m_row, other=0.0).to(dtype)
-            b_out = b_y * b_z / (1.0 + tl.exp(-b_z))
-        tl.store(p_out + i_token * (H * P) + o_row, b_out.to(p_out.dtype.element_ty), mask=m_row)
-        if p_head_slot is not None:
-            b_cumsum += b_delta.to(tl.float64)
-            i_slot = tl.load(p_token_slot + t)
-            if i_slot >= 0:
-                o_kept = (i_batch * n_kept_token + i_slot) * n_kept_head + b_slot
-                m_kept = m_row & (b_slot >= 0)
-                _emit(o_kept, o_row % P, o_n, m_kept, m_tile & m_kept[:, None], b_delta, b_cumsum, b_A_bar, b_B_bar,
-                      b_h, b_y, e_delta, e_cumsum, e_A_bar, e_B_bar, e_h, e_y, P, N, SCALAR_A)  # fmt: skip
-    tl.store(p_last + o_state, b_h, mask=m_tile)
+            b_gate = silu(_load(p_z, o_z, m_next, dtype), NARROW)
+
+    # what the chunks before this one left
+    b_h = tl.zeros((BLOCK_R, HIGH, LOW), dtype)
+    if p_initial is not None:
+        if i_chunk == 0:
+            b_h = _load(p_initial, o_state, m_state, dtype)
+    if not LOCAL and p_local is not None:
+        for i_earlier in tl.range(0, i_chunk, loop_unroll_factor=4):
+            o_whole = ((i_batch * (n_chunk - 1) + i_earlier) * (H * P) + o_row)[:, None, None] * N + o_v
+            b_h = decay(_load(p_decay, o_whole, m_state, dtype), NARROW) * b_h + _load(p_local, o_whole, m_state, dtype)
+
+    for t in range(start, stop, BLOCK_T):
+        m_now = m_next
+        m_next = m_row[:, None] & (t + BLOCK_T + o_token < stop)[None, :]
+        p_x += BLOCK_T * x_strides[1]
+        p_delta += BLOCK_T * delta_strides[1]
+        p_B += BLOCK_T * B_strides[1]
+        n_x = tl.load(p_x + o_x, mask=m_next, other=0.0)
+        n_raw = tl.load(p_delta + o_delta, mask=m_next, other=0.0)
+        if p_C is not None:
+            p_C += BLOCK_T * C_strides[1]
+        n_BCs = _load_states(p_B, p_C, B_strides, C_strides, o_v, m_v, t + BLOCK_T, stop, BLOCK_T, dtype)
+        n_z = n_x
+        if not LOCAL:
+            if p_z is not None:
+                p_z += BLOCK_T * z_strides[1]
+                n_z = tl.load(p_z + o_z, mask=m_next, other=0.0)
+        if p_starts is not None:
+            p_start = p_starts + i_batch * n_token + t + o_token
+            b_starts = tl.load(p_start, mask=t + o_token < stop, other=0).to(dtype)
+            starts = columns(tl.broadcast_to(b_starts[None, :], (BLOCK_R, BLOCK_T)))
+        b_now, b_write = tl.split(b_both)
+        deltas = columns(b_now)
+        writes = columns(b_write)
+        outs = ()
+        energies = ()
+        for j in tl.static_range(BLOCK_T // 4):
+            BCs = slices(b_BCs[j])
+            for u in tl.static_range(4):
+                b_log = None
+                if p_log_decay is not None:
+                    o_log = ((i_batch * n_token + t + 4 * j + u) * H + o_head)[:, None, None] * N + o_v
+                    m_log = m_state & (o_local * 0 + (t + 4 * j + u) < stop)[:, None, None]
+                    b_log = _load(p_log_decay, o_log, m_log, dtype)
+                b_start = None
+                if p_starts is not None:
+                    b_start = starts[4 * j + u]
+                if LOCAL:
+                    b_B = BCs[u]
+                else:
+                    b_B, b_C = tl.split(BCs[u])
+                b_delta_t = deltas[4 * j + u]
+                b_h, b_decay, b_log2, b_phi = _step(
+                    b_h, b_A, b_delta_t, writes[4 * j + u], b_B, b_log, b_start, ZOH, NARROW
+                )
+                if p_elapsed is not None or e_cumsum is not None:
+                    b_cumsum += b_delta_t.to(tl.float64)
+                if LOCAL:
+                    if p_log_decay is not None or p_starts is not None:
+                        b_whole += b_log2
+                else:
+                    outs = outs + (tl.sum(tl.sum(b_h * b_C, axis=2), axis=1),)
+                    if e_energy is not None:
+                        energies = energies + (tl.sum(tl.sum(b_h * b_h, axis=2), axis=1),)
+                    if e_A_bar is not None or e_B_bar is not None or e_h is not None or e_cumsum is not None:
+                        m_token = o_local * 0 + (t + 4 * j + u) < stop  # a tile: the interpreter needs one
+                        i_head = i_kept * KEPT_HEAD + (4 * j + u) * KEPT_HEAD
+                        if p_token_slot is not None:
+                            i_slot = tl.load(p_token_slot + tl.minimum(t + 4 * j + u, stop - 1))
+                            m_token = m_token & (o_local * 0 + i_slot >= 0)
+                            i_head = (i_kept + i_slot) * KEPT_HEAD
+                        m_slot = (m_head & m_token)[:, None, None] & m_v
+                        if e_cumsum is not None:
+                            tl.store(e_cumsum + i_head + b_slot, b_cumsum, mask=m_head & m_token)
+                        if e_A_bar is not None:
+                            tl.store(e_A_bar + i_head * N + o_slot, b_decay.to(e_A_bar.dtype.element_ty), mask=m_slot)
+                        if e_B_bar is not None:
+                            b_B_bar = b_delta_t[:, None, None] * b_B
+                            if ZOH:
+                                b_B_bar *= b_phi
+                            tl.store(e_B_bar + i_head * N + o_slot, b_B_bar.to(e_B_bar.dtype.element_ty), mask=m_slot)
+                        if e_h is not None:
+                            m_h = (m_kept & m_token)[:, None, None] & m_v
+                            tl.store(e_h + i_head * (P * N) + o_h, b_h.to(e_h.dtype.element_ty), mask=m_h)
+        if LOCAL:
+            if p_log_decay is None and p_starts is None:
+                b_elapsed += b_delta
+        else:
+            b_y = from_columns(outs)
+            if p_D is not None:
+                b_y += b_skip
+            b_out = b_y
+            if p_z is not None:
+                b_out = b_y * b_gate
+            tl.store(p_out + o_out, b_out.to(p_out.dtype.element_ty), mask=m_now)
+            p_out += BLOCK_T * (H * P)
+            if e_delta is not None or e_y is not None or e_energy is not None:
+                i_head = i_kept * KEPT_HEAD
+                o_kept = o_token[None, :] * KEPT_HEAD
+                m_pair = m_now & m_kept[:, None]
+                if p_token_slot is not None:
+                    b_token = tl.load(p_token_slot + t + o_token, mask=t + o_token < stop, other=-1)
+                    m_pair = m_pair & (b_token >= 0)[None, :]
+                    o_kept = b_token.to(tl.int64)[None, :] * KEPT_HEAD
+                o_pair = o_kept + b_slot[:, None]
+                o_channel = o_pair * P + (o_row % P)[:, None]
+                if e_delta is not None:
+                    tl.store(e_delta + i_head + o_pair, b_delta, mask=m_pair & (o_row % P == 0)[:, None])
+                if e_y is not None:
+                    tl.store(e_y + i_head * P + o_channel, b_y, mask=m_pair)
+                if e_energy is not None:
+                    tl.store(e_energy + i_head * P + o_channel, from_columns(energies), mask=m_pair)
+            if p_token_slot is None:
+                i_kept += BLOCK_T
+        b_x = n_x.to(dtype)
+        b_delta = tl.where(m_next, step_size(n_raw.to(dtype) + b_bias, SOFTPLUS, MIN, MAX), 0.0)
+        b_both = tl.join(b_delta, b_delta * b_x)
+        b_BCs = n_BCs
+        b_skip = b_x
+        b_gate = b_x
+        if not LOCAL:
+            if p_D is not None:
+                b_skip = b_x * b_D
+            if p_z is not None:
+                b_gate = silu(n_z.to(dtype), NARROW)
+
+    if LOCAL:
+        o_whole = ((i_batch * (n_chunk - 1) + i_chunk) * (H * P) + o_row)[:, None, None] * N + o_v
+        if p_log_decay is None and p_starts is None:
+            b_whole = tl.sum(b_elapsed, axis=1)[:, None, None] * b_A
+        tl.store(p_decay + o_whole, b_whole, mask=m_state)
+        tl.store(p_local + o_whole, b_h, mask=m_state)
+        if p_elapsed is not None:
+            p_whole = p_elapsed + (i_batch * (n_chunk - 1) + i_chunk) * H + o_head
+            tl.store(p_whole, b_cumsum, mask=m_row & (o_row % P == 0))
+    else:
+        if i_chunk == n_chunk - 1:
+            tl.store(p_last + o_state, b_h, mask=m_state)
 
 
-def scan(a: Arguments) -> tuple[Tensor, Tensor, Emission]:
-    """Outputs (batch, token, head, head_channel) in x's dtype, last state, emission."""
-    _check_arguments(a)
-    batch, n_token, head, head_channel = a.x.shape
-    group, state = a.B.shape[2:]
-    block_n = triton.next_power_of_2(state)
-    rows = head // group * head_channel
-    block_r = min(triton.next_power_of_2(rows), max(1, TILE // block_n))
-    out = torch.empty(a.x.shape, dtype=a.x.dtype, device=a.x.device)
-    last = torch.empty(a.initial_state.shape, dtype=a.dtype, device=a.x.device)
-    emitted = _buffers(a)
-    dense = [None if tensor is None else tensor.contiguous() for tensor in _in_order(a)]
-    launch = cast(Any, scan_kernel)[(batch * group * triton.cdiv(rows, block_r),)]
-    with torch.cuda.device_of(a.x):
-        launch(
-            *dense,
-            _slots(a.emit.tokens, n_token, a) if emitted else None,
-            _slots(a.emit.channels, head, a) if emitted else None,
-            out,
-            last,
-            *[emitted.get(name) for name in ("delta", "delta_cumsum", "A_bar", "B_bar", "h", "y")],
-            n_token,
-            n_kept_token=_size(a.emit.tokens, n_token),
-            n_kept_head=_size(a.emit.channels, head),
-            H=head,
-            P=head_channel,
-            G=group,
-            N=state,
-            BLOCK_R=block_r,
-            BLOCK_N=block_n,
-            SCALAR_A=a.scalar_A,
-            SOFTPLUS=a.delta_softplus,
-            LOW=a.delta_limits[0],
-            HIGH=a.delta_limits[1],
-            num_warps=1 if block_r * block_n <= TILE else 4,
+class Tile(NamedTuple):
+    """What one program does: rows and tokens of a block, chunks of a sequence, states side by side in a thread."""
+
+    rows: int
+    tokens: int
+    chunks: int
+    low: int = 4
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device; interpreted, those of an H200."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def choose_tile(a: Arguments) -> Tile:
+    """A program is a warp, and an SM holds WARPS of them; few rows are cut into chunks of tokens until that is full.
+
+    Fitted to a sweep on an H200 (benchmarks/notes.md): with rows enough a thread has 8 states, or 4 where that fills
+    the card better; an even share for the four schedulers of an SM is worth twice the chunks.
+    """
+    sms = multiprocessors(a.x.device)
+    per_row = triton.next_power_of_2(a.B.shape[3])
+    n_row = a.x.shape[0] * a.x.shape[2] * a.x.shape[3]
+    wide, narrow = (max(4, min(32, states * 32 // per_row)) for states in (8, 4))
+    low = 8 if a.emit.dtype in (torch.bfloat16, torch.float16) else 4
+    if n_row >= 9 * sms * wide:
+        return Tile(wide, 8, 1, low)
+    if n_row >= 9 * sms * narrow:
+        return Tile(narrow, 16, 1)
+    programs = triton.cdiv(n_row, wide)
+    chunks = max(1, min(WARPS * sms // programs, a.n_token // SHORTEST))
+    share = programs * chunks / (4 * sms)
+    uneven = math.ceil(share) > 1.15 * share and 2 * chunks * SHORTEST <= a.n_token
+    return Tile(wide, 8, 2 * chunks if uneven else chunks, low)
+
+
+def launch(
+    a: Arguments,
+    out: Tensor,
+    last: Tensor,
+    emitted: dict[str, Tensor],
+    token_slot: Tensor | None,
+    head_slot: Tensor | None,
+    tile: Tile | None = None,
+) -> None:
+    """Fill `out`, `last` and what is `emitted`."""
+    n_batch, n_token, n_head, head_channel = a.x.shape
+    n_group, n_state = a.B.shape[2:]
+    tile = tile or choose_tile(a)
+    chunk = triton.cdiv(triton.cdiv(n_token, tile.chunks), tile.tokens) * tile.tokens
+    n_chunk = triton.cdiv(n_token, chunk)
+    blocks = triton.cdiv(n_head // n_group * head_channel, tile.rows)
+    state = triton.next_power_of_2(n_state)
+    decay = local = elapsed = None
+    if n_chunk > 1:
+        decay, local = (
+            torch.empty((n_batch, n_chunk - 1, *last.shape[1:]), dtype=a.dtype, device=a.x.device) for _ in range(2)
         )
-    inputs = {name: a.emit.tokens_of(vars(a)[name]).clone() for name in "BC" if name in a.emit.variables}
-    return out, last, Emission(**emitted, **inputs)
-
-
-def check_device(device: torch.device) -> None:
-    """Raises ValueError where the kernel cannot run."""
-    compiled = isinstance(scan_kernel, triton.JITFunction)
-    if compiled and device.type != "cuda":
-        raise ValueError(
-            f'backend "triton" needs CUDA tensors; `x` is on {device}: use backend="cpu", or set '
-            "TRITON_INTERPRET=1 before the first import of triton to interpret the kernel (slow, for tests)"
-        )
-
-
-def _check_arguments(a: Arguments) -> None:
-    asked = {
-        "complex A": a.A.is_complex(),
-        **{f"constant {name}": name in a.constant for name in "BC"},
-        'discretization "zoh"': a.discretization == "zoh",
-        "seq_idx": a.starts is not None,
-        "log_decay": a.log_decay is not None,
-    }
-    if lacking := [name for name, value in asked.items() if value]:
-        raise ValueError(f'backend "triton" does not support {", ".join(lacking)} yet: use backend="cpu"')
-    check_device(a.x.device)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in a.tensors()):
-        raise ValueError(
-            'backend "triton" is forward only for now, and an input requires grad: '
-            'use backend="cpu", or call under torch.no_grad()'
-        )
-
-
-def _buffers(a: Arguments) -> dict[str, Tensor]:
-    """Uninitialised outputs of what was asked for; B and C are inputs and need none."""
-    _, n_token, head, head_channel = a.x.shape
-    kept = a.x.shape[0], _size(a.emit.tokens, n_token), _size(a.emit.channels, head)
-    state = a.B.shape[3]
-    tails = {
-        "delta": (),
-        "delta_cumsum": (),
-        "A_bar": () if a.scalar_A else (state,),
-        "B_bar": (state,),
-        "h": (head_channel, state),
-        "y": (head_channel,),
-    }
-    dtypes = dict.fromkeys(tails, a.dtype) | {"delta_cumsum": torch.float64}
-    return {
-        name: torch.empty((*kept, *tail), dtype=dtypes[name], device=a.x.device)
-        for name, tail in tails.items()
-        if name in a.emit.variables
-    }
-
-
-def _slots(indices: Sequence[int] | None, size: int, a: Arguments) -> Tensor:
-    """Where each token or head goes in the emission, -1 where nowhere."""
-    slots = torch.arange(size, dtype=torch.int32, device=a.x.device)
-    if indices is not None:
-        slots.fill_(-1)[list(indices)] = torch.arange(len(indices), dtype=torch.int32, device=a.x.device)
-    return slots
-
-
-def _size(indices: Sequence[int] | None, size: int) -> int:
-    return size if indices is None else len(indices)
-
-
-def _in_order(a: Arguments) -> list[Tensor | None]:
-    return [a.x, a.delta, a.A, a.B, a.C, a.D, a.z, a.delta_bias, a.initial_state]
+        if "delta_cumsum" in emitted:
+            elapsed = torch.empty((n_batch, n_chunk - 1, n_head), dtype=torch.float64, device=a.x.device)
+    names = ("delta", "delta_cumsum", "A_bar", "B_bar", "h", "y", "energy")
+    emissions = [emitted.get(name) for name in names]
+    A, D, bias, starts, log_decay = (
+        None if tensor is None else tensor.contiguous() for tensor in (a.A, a.D, a.delta_bias, a.starts, a.log_decay)
+    )
+    for is_local in (True, False) if n_chunk > 1 else (False,):
+        cast(Any, scan_kernel)[(blocks, n_chunk - is_local, n_batch * n_group)](
+            a.x, a.delta, A, a.B, None if is_local else a.C, D, a.z, bias, starts, log_decay, a.given_state,
+            decay, local, elapsed,
+            out, last, token_slot, head_slot, *(emissions if not is_local else [None] * len(names)),
+            a.x.stride(), a.delta.stride(), a.B.stride(), a.C.stride(), (a.x if a.z is None else a.z).stride(),
+            n_token, n_chunk, chunk,
+            n_kept_token=n_token if token_slot is None else len(a.emit.tokens or ()),
+            H=n_head, P=head_channel, G=n_group, N=n_state,
+            KEPT_HEAD=n_head if head_slot is None else len(a.emit.channels or ()),
+            BLOCK_R=tile.rows, BLOCK_T=tile.tokens, LOW=min(tile.low, state), HIGH=state // min(tile.low, state),
+            SOFTPLUS=a.delta_softplus, MIN=a.delta_limits[0], MAX=a.delta_limits[1], ZOH=a.discretization == "zoh",
+            num_warps=1, num_stages=1, maxnreg=REGISTERS, enable_fp_fusion=True,
+        )  # fmt: skip

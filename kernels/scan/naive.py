@@ -45,8 +45,10 @@ def scan(a: Arguments) -> tuple[Tensor, Tensor, Emission]:
         delta_cumsum = delta_cumsum + delta.double()
         if t in tokens:
             A_bar = A_bar[..., 0] if a.scalar_A else A_bar
-            kept.append({"delta": delta, "A_bar": A_bar, "B_bar": B_bar, "h": h, "y": y, "delta_cumsum": delta_cumsum})
-            kept[-1] = {name: a.emit.heads_of(kept[-1][name], 1) for name in a.emit.variables if name in kept[-1]}
+            step = {"delta": delta, "A_bar": A_bar, "B_bar": B_bar, "h": h, "y": y, "delta_cumsum": delta_cumsum}
+            step["energy"] = (h.abs() ** 2).sum(-1)
+            chosen = [name for name in a.emit.variables if name in step]
+            kept.append({name: a.emit.rounded(name, a.emit.heads_of(step[name], 1)) for name in chosen})
     emission = {name: torch.stack([step[name] for step in kept], dim=1) for name in kept[0]}
     inputs = {name: a.emit.tokens_of(vars(a)[name]).clone() for name in "BC" if name in a.emit.variables}
     return torch.stack(outputs, dim=1), h, Emission(**emission, **inputs)

@@ -4,12 +4,22 @@ A process of its own, since Triton reads the variable when it is imported. Tiny 
 """
 
 import torch
-from oracle import EMITTED, SHAPES, by_name, cast, chosen, closed_form, draw, errors, violations
+from oracle import EMITTED, SHAPES, by_name, cast, chosen, closed_form, draw, errors, featured, violations
 
-from mamba_probe.kernels.scan import Emit, selective_scan
+from mamba_probe.kernels.scan import Emit, fused, selective_scan
 
 TOKENS, CHANNELS = (0, 2, 40), (3, 1)
 PER_TOKEN = ("x", "delta", "B", "C", "z")
+PAIRWISE = (  # family, features, rows and tokens of a block, chunks, states: every two of them meet
+    ("mamba", ("zoh",), (8, 8, 3), 5),
+    ("mamba", ("seq_idx", "constant"), (16, 4, 2), 2),
+    ("mamba", ("log_decay",), (4, 16, 1), 33),
+    ("mamba", ("zoh", "seq_idx"), (8, 16, 2), 16),
+    ("mamba_heads", ("constant",), (8, 8, 2), 33),
+    ("mamba_heads", ("seq_idx", "log_decay"), (32, 4, 3), 5),
+    ("mamba_heads", ("zoh", "log_decay"), (4, 16, 2), 1),
+    ("mamba_heads", ("zoh", "constant"), (16, 8, 1), 2),
+)
 
 
 def triton(arguments, **options):
@@ -60,6 +70,28 @@ def selection_and_split(family):
     assert max(errors(joined, bare).values()) < 1e-6
 
 
+def block(family, features, tile, state):
+    """Any tile and number of chunks, with every feature; token strides as transformers has them."""
+    head, head_channel, _, scalar = SHAPES[family]
+    arguments = featured(draw(None, 2, 37, 2, shape=(head, head_channel, state, scalar)), features)
+    arguments |= {name: arguments[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("x", "delta")}
+    naive = by_name(selective_scan(**arguments, emit=Emit(EMITTED), backend="naive"))
+    rule, fused.choose_tile = fused.choose_tile, lambda a: fused.Tile(*tile)
+    found = triton(arguments, emit=Emit(EMITTED))
+    fused.choose_tile = rule
+    broken = violations(found, closed_form(**arguments), naive)
+    assert not broken, (family, features, tile, broken)
+
+
+def rounded(family):
+    """Emit.dtype rounds what has a state axis, and only that."""
+    arguments, states = draw(family, 1, 9), ("A_bar", "B_bar", "h")
+    whole, narrow = (triton(arguments, emit=Emit(EMITTED, dtype=dtype)) for dtype in (None, torch.float16))
+    for name in states:
+        assert torch.equal(narrow[name], whole[name].to(torch.float16)), name
+    assert max(errors({name: narrow[name] for name in set(narrow) - set(states)}, whole).values()) < 1e-6
+
+
 def small_delta():
     """Softplus keeps its relative accuracy at small steps, and is the identity above 20."""
     raw = torch.tensor([-30.0, -20.0, -14.0, -5.0, 0.0, 5.0, 19.0, 21.0])
@@ -87,6 +119,7 @@ def main():
     cases += [(bound, family, 3, 64, 1) for family in ("mamba", "mamba2")]
     cases += [(bound, family, 1, 257, 1) for family in ("mamba", "mamba2")]
     cases += [(check, family) for check in (double, plain, narrow, selection_and_split) for family in SHAPES]
+    cases += [(block, *row) for row in PAIRWISE] + [(rounded, family) for family in SHAPES]
     cases += [(small_delta,), (nan_passes, "delta"), (nan_passes, "A")]
     for check, *arguments in cases:
         check(*arguments)

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import torch
 
-EMITTED = ("delta", "A_bar", "B_bar", "B", "C", "h", "y", "delta_cumsum")
+EMITTED = ("delta", "A_bar", "B_bar", "B", "C", "h", "y", "delta_cumsum", "energy")
 SHAPES = {"mamba": (6, 1, 5, False), "mamba2": (4, 3, 5, True), "mamba_heads": (4, 3, 5, False)}
 """head, head_channel, state, whether A is one scalar a head."""
 STATE_LIKE = ("A", "B", "C", "initial_state", "log_decay")
@@ -111,7 +111,7 @@ def closed_form(x, delta, A, B, C, D=None, z=None, *, delta_bias=None, delta_sof
     A_bar = np.where(begins[..., None, None], 0.0, np.exp(rates))
     A_bar = A_bar if A.ndim == 2 else A_bar[..., 0]
     found = {"out": y * gate, "last_state": h[:, -1], "delta": delta, "A_bar": A_bar, "B_bar": B_bar, "B": B, "C": C}
-    found |= {"h": h, "y": y, "delta_cumsum": np.cumsum(delta, 1)}
+    found |= {"h": h, "y": y, "delta_cumsum": np.cumsum(delta, 1), "energy": (np.abs(h) ** 2).sum(-1)}
     return {name: torch.from_numpy(np.array(value)) for name, value in found.items()}
 
 

@@ -98,8 +98,9 @@ def test_long_memory(oracle, size):
     assert not oracle.violations(found, exact, naive)
 
 
-def test_a_large_delta_resets(oracle):
-    inputs = arguments(oracle, "mamba2_two_groups") | {"delta_limits": (0.0, float("inf"))}
+@pytest.mark.parametrize("size", ["mamba1_odd", "mamba2_two_groups"])
+def test_a_large_delta_resets(oracle, size):
+    inputs = arguments(oracle, size) | {"delta_limits": (0.0, float("inf"))}
     inputs["delta"][:, 2000] = 1e4
     inputs["B"][:, 2000] = 0.0
     exact, naive = scans(oracle, inputs, None)
@@ -107,6 +108,42 @@ def test_a_large_delta_resets(oracle):
     after = inputs | {name: inputs[name][:, 2001:] for name in NARROW} | {"initial_state": None}
     tails = [values | {"out": values["out"][:, 2001:]} for values in (exact, naive)]
     assert not oracle.violations(oracle.by_name(selective_scan(**after)), *tails)
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+@pytest.mark.parametrize(
+    "features", [("zoh",), ("seq_idx", "constant"), ("log_decay", "zoh"), ("log_decay", "seq_idx")], ids="+".join
+)
+def test_features_at_real_sizes(oracle, family, features):
+    shape = (512, 1, 16, False) if family == "mamba" else (8, 64, 128, True)
+    inputs = oracle.featured(oracle.draw(None, 1, 2000, 1, shape=shape), features)
+    inputs = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    emit = Emit(oracle.EMITTED, tokens=range(0, 2000, 97))
+    exact, naive = scans(oracle, inputs, emit)
+    assert not oracle.violations(oracle.by_name(selective_scan(**inputs, emit=emit)), exact, naive)
+
+
+@pytest.mark.parametrize("token", [1, 63, 2000, 4097])
+@pytest.mark.parametrize("state", [1, 2, 12, 16, 64, 256])
+def test_any_length_and_state(oracle, token, state):
+    inputs = oracle.draw(None, 1, token, 1, shape=(100, 1, state, False), device="cuda")
+    emit = Emit(oracle.EMITTED, tokens=range(0, token, 61))
+    exact, naive = scans(oracle, inputs, emit)
+    assert not oracle.violations(oracle.by_name(selective_scan(**inputs, emit=emit)), exact, naive)
+
+
+@pytest.mark.parametrize("size", ["mamba1_wide", "mamba2_one_group"])
+def test_any_strides(oracle, size):
+    """transformers' (batch, channel, token), and what a split leaves."""
+    inputs = arguments(oracle, size)
+    expected = selective_scan(**inputs)
+    for name in ("x", "delta", "z"):
+        inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
+    wide = torch.cat([inputs["B"], inputs["C"]], -1)
+    inputs["B"], inputs["C"] = wide.split(inputs["B"].shape[-1], -1)
+    found = selective_scan(**inputs)
+    assert (found.y - expected.y).abs().max() <= 1e-6 * expected.y.abs().max()
+    assert (found.last_state - expected.last_state).abs().max() <= 1e-6 * expected.last_state.abs().max()
 
 
 def test_float64_and_small_sizes(oracle):

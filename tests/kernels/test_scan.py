@@ -54,7 +54,7 @@ def test_many_blocks_are_many(oracle, monkeypatch):
     lengths = []
     for name in ("_blocked", "_chunked"):
         step = getattr(cpu, name)
-        monkeypatch.setattr(cpu, name, lambda h, x, *rest, step=step: lengths.append(x.shape[1]) or step(h, x, *rest))
+        monkeypatch.setattr(cpu, name, lambda h, block, step=step: lengths.append(block.x.shape[1]) or step(h, block))
     for family in FAMILIES:
         lengths.clear()
         selective_scan(**oracle.draw(family, 3, 257), backend="cpu")
@@ -120,6 +120,36 @@ def test_each_variable_alone(oracle, name, backend):
     result = oracle.by_name(selective_scan(**arguments, emit=Emit((name,)), backend=backend))
     assert set(result) == {"out", "last_state", name}
     assert oracle.errors(result, oracle.closed_form(**arguments))[name] < 1e-6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_slice_of_h_comes_back_from_every_eighth(oracle, family):
+    arguments = oracle.draw(family, 2, 41)
+    whole = selective_scan(**arguments, emit=Emit(("h",)), backend="cpu").emission.h
+    kept = selective_scan(**arguments, emit=Emit(("h",), tokens=range(7, 41, 8)), backend="cpu").emission.h
+    part = {name: arguments[name][:, 24:31] for name in ("x", "delta", "B", "C", "z")} | {"initial_state": kept[:, 2]}
+    again = selective_scan(**arguments | part, emit=Emit(("h",)), backend="cpu").emission.h
+    assert (again - whole[:, 24:31]).abs().max() <= 1e-6 * whole.abs().max()
+
+
+@pytest.mark.parametrize("backend", TORCH)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype_rounds_what_has_a_state_axis(oracle, backend, dtype):
+    arguments, states = oracle.draw("mamba", 1, 9), ("A_bar", "B_bar", "h")
+    whole, narrow = (
+        oracle.by_name(selective_scan(**arguments, emit=Emit(oracle.EMITTED, dtype=of), backend=backend))
+        for of in (None, dtype)
+    )
+    for name, value in narrow.items():
+        assert torch.equal(value, whole[name].to(dtype) if name in states else whole[name]), name
+
+
+def test_a_wrong_dtype_is_refused(oracle):
+    with pytest.raises(ValueError, match=r"`dtype` of an emission must be None or one of torch.float32"):
+        Emit(("h",), dtype=torch.float64)
+    arguments = oracle.featured(oracle.draw("mamba", 1, 4), ("complex",))
+    with pytest.raises(ValueError, match=r"`emit.dtype` is torch.bfloat16, but `A` is complex"):
+        selective_scan(**arguments, emit=Emit(("h",), dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("backend", TORCH)

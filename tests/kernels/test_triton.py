@@ -1,5 +1,6 @@
 """The Triton backend without a GPU: its arithmetic through the interpreter, and how it is chosen and refused."""
 
+import json
 import os
 import subprocess
 import sys
@@ -21,7 +22,20 @@ def python(*arguments, **environment):
 def test_the_interpreted_kernel_holds_the_bound():
     done = python(Path(__file__).with_name("interpreted.py"), TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) == 28
+    assert len(done.stdout.splitlines()) == 39
+
+
+def test_the_kernels_compile_for_an_h200_without_spills():
+    """Registers bound how many programs an SM holds; the stack is where they spill."""
+    done = python("-W", "ignore", Path(__file__).with_name("resources.py"))
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    fused = [one for one in found if one["case"].startswith("fused")]
+    assert len(fused) == 7
+    for one in fused:
+        assert one["reg"] <= 168, one
+        assert one["stack"] <= (32 if "A_bar" in one["case"] else 0), one
+    assert max(one["shared"] for one in found) <= 113 * 1024, "two programs on an SM"
 
 
 def test_importing_and_running_the_scan_leaves_triton_out():

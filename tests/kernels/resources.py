@@ -1,0 +1,85 @@
+"""What the compiled kernels take, for an H200's sm_90 and without a GPU: a script, one JSON line a kernel of a call.
+
+The real launch on CPU tensors, with a driver that compiles and does not run. A process of its own, since the driver
+is Triton's for the whole process.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from oracle import cast, draw
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+
+from mamba_probe.kernels.scan import Emit, arguments, chunked, fused, gpu
+
+PER_TOKEN = ("x", "delta", "B", "C", "z")
+COMPILED = []
+
+
+class Driver:
+    """As much of a driver as the launch asks before it compiles."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=0):
+        return 0
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232_448}
+
+
+def compiled(kernel, grid):
+    """In place of a launch."""
+    return lambda *arguments, **options: COMPILED.append(kernel.run(*arguments, grid=grid, warmup=True, **options))
+
+
+def used(kernel):
+    """Registers a thread, bytes of stack a thread (spills are there) and of shared memory a program."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {name.lower(): int(re.search(rf"{name}:(\d+)", text).group(1)) for name in ("REG", "STACK")}
+    return found | {"shared": kernel.metadata.shared}
+
+
+def call(name, family, inputs, emit=None, tile=None):
+    missing = dict.fromkeys(("D", "z", "delta_bias", "initial_state", "seq_idx", "log_decay"))
+    given = missing | {"discretization": "euler", "emit": emit} | inputs | {"initial_state": None}
+    a = arguments.check(**given)
+    out, last = torch.empty_like(a.x), torch.empty(a.state_shape, dtype=a.dtype)
+    COMPILED.clear()
+    launch = {"fused": fused, "chunked": chunked}[family].launch
+    launch(a, out, last, gpu.buffers(a), None, None, **({} if tile is None else {"tile": tile}))
+    for kernel in COMPILED:
+        print(json.dumps({"case": name, "kernel": kernel.metadata.name} | used(kernel)), flush=True)
+
+
+def main():
+    driver.set_active(Driver())
+    jit.KernelInterface.__getitem__ = compiled
+    wide, chunks = draw(None, 1, 512, shape=(5120, 1, 16, False)), fused.Tile(8, 16, 2)
+    one = cast(wide, torch.bfloat16, PER_TOKEN)
+    call("fused bf16", "fused", one, tile=fused.Tile(16, 8, 2))
+    call("fused bf16", "fused", one, tile=chunks)
+    call("fused fp32", "fused", wide, tile=fused.Tile(16, 8, 1))
+    call("fused bf16 delta energy", "fused", one, Emit(("delta", "delta_cumsum", "energy")), fused.Tile(16, 8, 1))
+    narrow = Emit(("A_bar", "h"), dtype=torch.bfloat16)
+    call("fused bf16 A_bar h", "fused", one, narrow, fused.Tile(16, 8, 1, 8))
+    two = cast(draw(None, 1, 512, shape=(8, 64, 128, True)), torch.bfloat16, PER_TOKEN)
+    call("chunked bf16", "chunked", two)
+
+
+if __name__ == "__main__":
+    main()

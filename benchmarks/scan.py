@@ -15,7 +15,7 @@ import torch
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
-from mamba_probe.kernels.scan import Emit, selective_scan
+from mamba_probe.kernels.scan import Emit, cpu_compile, selective_scan
 
 RESULTS = Path(__file__).parent / "results"
 CASES = {  # (head, head_channel, state, group, whether A is a scalar a head)
@@ -69,19 +69,34 @@ def rows(case: str, device: str, options: argparse.Namespace) -> list[str]:
     emit = Emit(("delta", "A_bar", "h"))
     calls |= {f"{name}, + delta, A_bar, h": lambda name=name: selective_scan(**inputs, emit=emit, backend=name).y
               for name in names[1:]}  # fmt: skip
+    loops = device == "cpu" and inputs["A"].ndim == 2
+    if loops:
+        calls["cpu, compiled"] = lambda: compiled(inputs)
+        calls["cpu, compiled, + A_bar, h"] = lambda: compiled(inputs, Emit(("A_bar", "h")))
     calls["transformers"] = lambda: transformers_scan(inputs)
     double = {name: value.double() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     oracle = selective_scan(**inputs | double, backend="naive").y
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     errors = {name: ((call() - oracle).abs().max() / oracle.abs().max()).item() for name, call in calls.items()}
+    fills = []
     for _ in range(options.repeat):
         for name, call in calls.items():
             seconds[name].append(timed(call, device))
-    base = median(seconds["transformers"])
-    return [
-        f"| {case} | {name} | {1e3 * median(taken):.2f} | {base / median(taken):.2f}x | {errors[name]:.1e} |"
-        for name, taken in seconds.items()
+        fills.append(timed(lambda: torch.empty(1, options.token, *inputs["A"].shape).fill_(1.0), device))
+    took = {name: median(taken) for name, taken in seconds.items()}
+    table = [
+        f"| {case} | {name} | {1e3 * took[name]:.2f} | {took['transformers'] / took[name]:.2f}x | {error:.1e} |"
+        for name, error in errors.items()
     ]
+    if loops:
+        ratio = took["cpu, compiled, + A_bar, h"] / (took["cpu, compiled"] + 2 * median(fills))
+        table.append(f"| {case} | A_bar and h / (y + two fresh fills), compiled | | {ratio:.2f} | |")
+    return table
+
+
+def compiled(inputs: dict, emit: Emit | None = None) -> torch.Tensor:
+    with cpu_compile("always"):
+        return selective_scan(**inputs, emit=emit, backend="cpu").y
 
 
 def draw(head: int, head_channel: int, state: int, group: int, scalar: bool, token: int, device: str) -> dict:

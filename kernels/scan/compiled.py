@@ -37,9 +37,6 @@ WORTH = 10**10
 NO_COMPILER = 'install one (g++), name it in the environment variable CXX, or ask for cpu_compile("never")'
 MODES = ("auto", "always", "never")
 
-TORCHS_OWN = (r".torch\.jit\.script", r"The \.grad attribute of a Tensor that is not a leaf")
-"""Warnings about its own code that torch gives while it compiles."""
-
 T = TypeVar("T")
 Parts: TypeAlias = tuple[Tensor, ...]
 """A real tensor, or the real and the imaginary part of a complex one, which inductor does not know."""
@@ -93,16 +90,13 @@ def attempt(scan: Callable[[], T]) -> T | None:
     from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
     try:
-        with warnings.catch_warnings():
-            for message in TORCHS_OWN:
-                warnings.filterwarnings("ignore", message)
-            return scan()
+        return scan()
     except InductorError as error:
         if not isinstance(error.inner_exception, InvalidCxxCompiler):
             raise
         if cpu_compile.when == "always":
             raise ValueError(f'cpu_compile("always"), but {error.inner_exception}: {NO_COMPILER}') from error
-        warnings.warn(f"the CPU scan runs uncompiled, 3 times slower: {error.inner_exception}: {NO_COMPILER}",
+        warnings.warn(f"the CPU scan runs uncompiled: {error.inner_exception}: {NO_COMPILER}",
                       RuntimeWarning, stacklevel=4)  # fmt: skip
     return None
 

@@ -314,8 +314,8 @@ def multiprocessors(device: torch.device) -> int:
 def choose_tile(a: Arguments) -> Tile:
     """A program is a warp, and an SM holds WARPS of them; few rows are cut into chunks of tokens until that is full.
 
-    Fitted to a sweep on an H200 (benchmarks/notes.md): with rows enough a thread has 8 states, or 4 where that fills
-    the card better; an even share for the four schedulers of an SM is worth twice the chunks.
+    With rows enough a thread has 8 states, or 4 where that fills the card better; an even share for the four schedulers
+    of an SM is worth twice the chunks. `benchmarks/scan_gpu.py --sweep` sets the rule beside other tiles.
     """
     sms = multiprocessors(a.x.device)
     per_row = triton.next_power_of_2(a.B.shape[3])

@@ -5,5 +5,6 @@ from mamba_probe.analyses.common.bootstrap import interval, resamples
 from mamba_probe.analyses.common.canonical import Canonical, Row
 from mamba_probe.analyses.common.result import described, refuse
 from mamba_probe.analyses.common.runs import runs
+from mamba_probe.analyses.common.selection import Selection
 
-__all__ = ["Canonical", "Row", "attention_row", "described", "interval", "refuse", "resamples", "runs"]
+__all__ = ["Canonical", "Row", "Selection", "attention_row", "described", "interval", "refuse", "resamples", "runs"]

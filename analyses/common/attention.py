@@ -36,7 +36,7 @@ def attention_row(
         delta: step sizes of the sources.
         elapsed: Cum(s, t), the sum of delta after each source up to and with the query.
         A: one decay where all states share it (Mamba-2), else one a state; complex for S4D.
-        B: input vectors of the sources; one row stands for all (constant).
+        B: input vectors of the sources, promoted to C's type a tile at a time; one row stands for all (constant).
         C: output vector at the query.
         groups: group that each head reads.
         zoh: whether the write is delta phi1(delta A) B instead of delta B.
@@ -46,24 +46,30 @@ def attention_row(
     >>> attention_row(one[:, 0], elapsed, -one[0], one, one[0], groups).round(3).ravel().tolist()
     [0.368, 1.0]
     """
-    matched = B * C
-    if A.shape[1] == 1:
-        matched = matched.sum(axis=-1, keepdims=True)
-    matched = np.ascontiguousarray(np.moveaxis(matched, 0, -1))  # (group, decay, source): sources lie side by side
     n_sources, n_heads = elapsed.shape
-    weight: Any = np.zeros((n_heads, n_sources), dtype=np.result_type(A, matched, delta, elapsed))
+    weight: Any = np.zeros((n_heads, n_sources), dtype=np.result_type(A, B, C, delta, elapsed))
     width = TILE // max(1, min(n_sources, TILE))
     for start in range(0, n_sources, TILE):
         sources = slice(start, start + TILE)
-        read = matched if matched.shape[-1] == 1 else matched[..., sources]
+        matched = _matched(B if len(B) == 1 else B[sources], C, A.shape[1] == 1)
         for head in range(0, n_heads, width):
             heads = slice(head, head + width)
             step = np.ascontiguousarray(delta[sources, heads].T) if zoh else None
             tile = np.ascontiguousarray(elapsed[sources, heads].T)
-            _add(weight[heads, sources], tile, A[heads], read, groups[heads], step)
+            _add(weight[heads, sources], tile, A[heads], matched, groups[heads], step)
     weight = 2 * weight.real if np.iscomplexobj(weight) else weight
     weight *= delta.T
     return weight.T
+
+
+def _matched(
+    B: Inexact[np.ndarray, "#source group state"], C: Inexact[np.ndarray, "group state"], joined: bool
+) -> Inexact[np.ndarray, "group decay #source"]:
+    """B times C of each source, summed over states where they share their decay; sources lie side by side."""
+    matched = B * C
+    if joined:
+        matched = matched.sum(axis=-1, keepdims=True)
+    return np.ascontiguousarray(np.moveaxis(matched, 0, -1))
 
 
 def _add(

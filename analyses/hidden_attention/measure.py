@@ -134,7 +134,7 @@ class _Rows:
         totals = {(kind, query): core.Total(self.plan.aggregate) for kind in KINDS for query in range(len(at))}
         sums = {key: np.zeros((2, len(self.bins))) for key in totals}
         scale = np.zeros((len(at), 2))
-        for block in blocks(self.view, layer, row, self.plan.seed, self.identity.names):
+        for block in blocks(self.view, layer, row, at, self.plan.seed, self.identity.names):
             for kind, query in totals:
                 alpha = block.alpha(kind, at[query])
                 if kind == "executed":

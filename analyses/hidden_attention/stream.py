@@ -8,9 +8,9 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Inexact, Int
 
-from mamba_probe.analyses.common import Canonical, Row, attention_row, runs
+from mamba_probe.analyses.common import Canonical, Row, Selection, attention_row, runs
 
-__all__ = ["KINDS", "Block", "Selection", "blocks", "subset"]
+__all__ = ["KINDS", "Block", "blocks", "subset"]
 
 KINDS = ("executed", "null_lti", "null_shuffle")
 """The layer as it ran; frozen to its means over the row; with delta shuffled in time."""
@@ -19,27 +19,6 @@ BLOCK_BYTES = 2**22
 """Most bytes of one (token, head) array that is worked on, in float64: about ten of them live at once, in cache."""
 READ_BYTES = 2**26
 """Most bytes of one (token, head) array that is read from a store at once, in float64: several live at once."""
-
-
-@dataclass(frozen=True)
-class Selection:
-    """B and C of a (layer, prompt): one row stands for all where they are constant."""
-
-    B: Inexact[np.ndarray, "source group state"]
-    C: Inexact[np.ndarray, "source group state"]
-
-    @classmethod
-    def of(cls, view: Canonical, layer: int, row: int) -> "Selection":
-        """Load them; those of S4D are not spread over tokens."""
-        if not view.constant:
-            return cls(*view.selection(layer, row))
-        B, C = (view.trace[name].isel(layer=layer).values[None] for name in "BC")
-        wide = np.promote_types(B.dtype, np.float64)
-        return cls(B.astype(wide), C.astype(wide))
-
-    def read(self, at: int) -> Inexact[np.ndarray, "group state"]:
-        """C at a token."""
-        return self.C[min(at, len(self.C) - 1)]
 
 
 @dataclass(frozen=True)
@@ -84,18 +63,21 @@ class Block:
     ) -> Float[np.ndarray, "source head"]:
         seen, chosen = slice(at + 1), self.selection
         elapsed = cumulative[at] - cumulative[seen]
-        return attention_row(delta[seen], elapsed, self.A, chosen.B[seen], chosen.read(at), self.groups, self.zoh)
+        return attention_row(delta[seen], elapsed, self.A, chosen.B[seen], chosen.C[at], self.groups, self.zoh)
 
     def _lti(self, at: int) -> Float[np.ndarray, "source head"]:
         mean = self.row.delta.mean(axis=0)
         elapsed = mean * np.arange(at, -1, -1.0)[:, None]
-        B, C = (values.mean(axis=0) for values in (self.selection.B, self.selection.C))
-        return attention_row(np.broadcast_to(mean, elapsed.shape), elapsed, self.A, B[None], C, self.groups, self.zoh)
+        delta, B, C = np.broadcast_to(mean, elapsed.shape), self.selection.B_mean[None], self.selection.C_mean
+        return attention_row(delta, elapsed, self.A, B, C, self.groups, self.zoh)
 
 
-def blocks(view: Canonical, layer: int, row: int, seed: int, names: Sequence[str] = ()) -> Iterator[Block]:
-    """The heads of a layer and prompt, a block after another, with the variables of `names`; values are read once."""
-    A, groups, selection = view.matrix(layer), view.groups(), Selection.of(view, layer, row)
+def blocks(
+    view: Canonical, layer: int, row: int, queries: Sequence[int], seed: int, names: Sequence[str] = ()
+) -> Iterator[Block]:
+    """The heads of a layer and prompt, a block after another, to be read at `queries`, with the variables of `names`;
+    values are read once."""
+    A, groups, selection = view.matrix(layer), view.groups(), Selection.of(view, layer, row, queries)
     n_tokens = len(view.positions(row))
     order = np.random.default_rng((seed, int(view.layers[layer]), row)).permutation(n_tokens)
     width = max([1, *(view.trace[name].sizes.get("head_channel", 1) for name in names)])

@@ -105,7 +105,7 @@ def _window(view: Canonical, row: int, window: tuple[int, int] | None) -> tuple[
 def _square(view: Canonical, row: int, plan: Plan) -> dict[str, Float[np.ndarray, "query_token token"]]:
     queries = plan.label.tolist()
     totals = {(kind, at): core.Total(plan.aggregate) for kind in KINDS for at in queries}
-    for block in blocks(view, 0, row, plan.seed):
+    for block in blocks(view, 0, row, queries, plan.seed):
         for (kind, at), total in totals.items():
             total.add(core.normalised(block.alpha(kind, at), plan.normalise)[queries[0] :])
     found = {}

@@ -10,6 +10,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from mamba_probe.analyses.lti_limits import core as limits
 from mamba_probe.analyses.wavelet_alignment.basis import Basis
+from mamba_probe.analyses.wavelet_alignment.span import Span
 
 __all__ = [
     "best_wavelet",
@@ -168,10 +169,8 @@ def _missed(kernel: Float[np.ndarray, "*batch lag"]) -> Float[np.ndarray, "*batc
     return np.concatenate([left, np.zeros((*left.shape[:-1], 1))], axis=-1)
 
 
-def coarse_cosines(
-    coefficient: Float[np.ndarray, "kernel coefficient"], coarse: Bool[np.ndarray, " coefficient"]
-) -> tuple[Float[np.ndarray, " angle"], int]:
-    """Cosines of the principal angles between the span of the kernels and some functions of the basis.
+def coarse_cosines(span: Span, coarse: Bool[np.ndarray, " coefficient"]) -> tuple[Float[np.ndarray, " angle"], int]:
+    """Cosines of the principal angles between the span of some kernels and some functions of the basis.
 
     The other functions are first rotated until the kernels reach as few as there are kernels: that keeps all angles.
 
@@ -179,25 +178,28 @@ def coarse_cosines(
         min(rank, number of functions) cosines, largest first, and the numerical rank of the kernels: their
         singular values above `RANK_TOLERANCE` of the largest, whose vectors make the span.
 
-    >>> found = np.array([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
-    >>> coarse_cosines(found, np.array([True, True, False, False]))
+    >>> span = Span(2, 4)
+    >>> span.add(np.array([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]]))
+    >>> coarse_cosines(span, np.array([True, True, False, False]))
     (array([1., 0.]), 2)
     """
-    if not len(coefficient):
+    if not len(span):
         return np.zeros(0), 0
-    short = np.concatenate([coefficient[:, coarse].T, _rotated(coefficient, ~coarse)])
+    short = np.concatenate([_coordinates(span, np.flatnonzero(coarse)), _rotated(span, np.flatnonzero(~coarse))])
     basis, sigma, _ = np.linalg.svd(short, full_matrices=False)
     rank = int(np.sum(sigma > RANK_TOLERANCE * sigma[0]))
     return np.clip(scipy.linalg.svdvals(basis[: coarse.sum(), :rank]), 0.0, 1.0), rank
 
 
-def _rotated(
-    coefficient: Float[np.ndarray, "kernel coefficient"], chosen: Bool[np.ndarray, " coefficient"]
-) -> Float[np.ndarray, "rotated kernel"]:
-    """Coordinates on the chosen functions, rotated until at most as many functions as kernels are reached."""
-    functions = np.flatnonzero(chosen)
-    found: Any = np.empty((0, len(coefficient)))
+def _coordinates(span: Span, functions: Int[np.ndarray, " function"]) -> Float[np.ndarray, "function kernel"]:
+    """Coordinates on ascending functions; what lies between them is read too."""
+    return span.functions(int(functions[0]), int(functions[-1]) + 1)[:, functions - functions[0]].T
+
+
+def _rotated(span: Span, functions: Int[np.ndarray, " function"]) -> Float[np.ndarray, "rotated kernel"]:
+    """Coordinates on some functions, rotated until at most as many functions as kernels are reached."""
+    found: Any = np.empty((0, len(span)))
     for start in range(0, len(functions), ROTATED):
-        more = coefficient[:, functions[start : start + ROTATED]].T
+        more = _coordinates(span, functions[start : start + ROTATED])
         found = np.linalg.qr(np.concatenate([found, more]), mode="r")
     return found

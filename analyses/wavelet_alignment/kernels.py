@@ -11,7 +11,7 @@ shuffled in time ("null_shuffle").
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import dask.config
@@ -19,9 +19,9 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Inexact, Int
 
-from mamba_probe.analyses.common import Canonical, attention_row
+from mamba_probe.analyses.common import Canonical, Selection, attention_row
 from mamba_probe.analyses.wavelet_alignment import core
-from mamba_probe.analyses.wavelet_alignment.selection import Selection, frozen
+from mamba_probe.analyses.wavelet_alignment.selection import frozen
 from mamba_probe.trace import require
 
 __all__ = ["NULLS", "Asked", "BlockKernels", "Kernels", "TraceKernels"]
@@ -66,27 +66,28 @@ class TraceKernels:
         self.n_rows, self.asked = view.n_rows, None
         self.positions, self.contiguous, self.head_dim = view.positions, view.contiguous, view.head_dim
         self.held = 0 if self.read_out is None else 2 * len(self.read_out)
-        self._selected = lru_cache(maxsize=1)(self._selection)
 
     def kernels(
         self, layer: int, row: int, asked: Sequence[Asked]
     ) -> Iterator[tuple[int, Float[np.ndarray, "kernel window"]]]:
         """Kernels of all that is asked, (index in `asked`, block of kernels); what is stored is read once for all.
 
-        With a read-out each has one block: read_out @ (kernels of the heads).
+        With a read-out they are read_out @ (kernels of the heads).
         """
         blocks = (
             (i, block.heads, block.kernel(*one))
-            for block in self._blocks(layer, row)
+            for block in self._blocks(layer, row, {at for at, _, _ in asked})
             for i, one in enumerate(asked)
         )  # fmt: skip
         if self.read_out is None:
             yield from ((i, kernel) for i, _, kernel in blocks)
         else:
-            yield from enumerate(_read(self.read_out, blocks, len(asked)))
+            for i, kernel in enumerate(_read(self.read_out, blocks, len(asked))):
+                size = max(1, AT_ONCE // kernel.shape[1])
+                yield from ((i, kernel[start : start + size]) for start in range(0, len(kernel), size))
 
-    def _blocks(self, layer: int, row: int) -> Iterator["_Block"]:
-        A, selection = self.view.matrix(layer), self._selected(layer, row)
+    def _blocks(self, layer: int, row: int, queries: set[int]) -> Iterator["_Block"]:
+        A, (selection, groups) = self.view.matrix(layer), self._selection(layer, row, queries)
         n_tokens = len(self.positions(row))
         order = np.random.default_rng([self.seed, row]).permutation(n_tokens)
         chunks, size = self.trace["delta"].chunksizes.get(self.head_dim, ()), max(1, AT_ONCE // n_tokens)
@@ -95,7 +96,7 @@ class TraceKernels:
             for start in range(0, delta.shape[1], size):
                 steps = np.ascontiguousarray(delta[:, start : start + size].T, dtype=np.float64)
                 heads = slice(read.start + start, read.start + start + len(steps))
-                yield _Block(heads, steps, A[heads], selection, order, self.view.zoh)
+                yield _Block(heads, steps, A[heads], groups[heads], selection, order, self.view.zoh)
 
     def _steps(self, layer: int, row: int, heads: slice) -> Float[np.ndarray, "token head"]:
         """Step sizes as stored, checked in place: `Canonical.row` would hold several copies in float64."""
@@ -110,22 +111,13 @@ class TraceKernels:
             self.view.row(layer, row, heads)  # raises, and names the first token
         return delta
 
-    def _selection(self, layer: int, row: int) -> Selection:
+    def _selection(self, layer: int, row: int, queries: set[int]) -> tuple[Selection, Int[np.ndarray, " head"]]:
+        """What is selected, and the group that each head reads."""
         if self.kind == "write":
-            one = np.ones((1, 1, self.view.n_states))
-            return Selection(one, one, np.zeros(self.view.n_heads, dtype=int))
+            one = np.ones((1, self.view.n_states))
+            return Selection(one[None], dict.fromkeys(queries, one), one, one), np.zeros(self.view.n_heads, dtype=int)
         with _alone():
-            if self.view.constant:
-                B, C = (self._constant(name, layer)[None] for name in ("B", "C"))
-            else:
-                B, C = (np.asfortranarray(it) for it in self.view.selection(layer, row))  # tokens lie side by side
-        return Selection(B, C, self.view.groups())
-
-    def _constant(self, name: str, layer: int) -> Inexact[np.ndarray, "head state"]:
-        values = self.trace[name].isel(layer=layer).transpose(self.head_dim, "state").values
-        if not np.all(np.isfinite(values)):
-            raise ValueError(f"`{name}` is NaN or infinite in layer {self.layers[layer]}")
-        return values.astype(np.promote_types(values.dtype, np.float64))
+            return Selection.of(self.view, layer, row, queries, "F"), self.view.groups()
 
 
 @dataclass(frozen=True)
@@ -135,6 +127,7 @@ class _Block:
     heads: slice
     delta: Float[np.ndarray, "head token"]
     A: Inexact[np.ndarray, "head decay"]
+    groups: Int[np.ndarray, " head"]
     selection: Selection
     order: Int[np.ndarray, " token"]
     zoh: bool
@@ -153,13 +146,14 @@ class _Block:
         return self.delta.mean(axis=1)
 
     def kernel(self, at: int, window: int, variant: str) -> Float[np.ndarray, "head window"]:
-        groups = self.selection.groups[self.heads]
+        chosen = self.selection
         if variant == "null":
-            return frozen(self.mean, self.A, self.selection.mean, groups, self.zoh, window)
+            return frozen(self.mean, self.A, chosen.C_mean * chosen.B_mean, self.groups, self.zoh, window)
         delta, cumulative = self.shuffled if variant == "null_shuffle" else self.real
         seen = slice(at + 1 - window, at + 1)
         elapsed = cumulative[:, at : at + 1] - cumulative[:, seen]
-        return attention_row(delta[:, seen].T, elapsed.T, self.A, *self.selection.of(at, window), groups, self.zoh).T
+        B = chosen.B[seen] if len(chosen.B) > 1 else chosen.B
+        return attention_row(delta[:, seen].T, elapsed.T, self.A, B, chosen.C[at], self.groups, self.zoh).T
 
 
 class BlockKernels:

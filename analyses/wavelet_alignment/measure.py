@@ -1,6 +1,7 @@
 """Trace or Jacobian in, wavelet alignment out: validation, and what each number means."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import chain
@@ -92,6 +93,7 @@ def measure(
         ValueError: a missing variable, a window below 4 tokens, tokens with gaps, a wavelet or mode that does not keep
             energies, an unknown kernel, a query that a row lacks, a read-out of another shape, a Jacobian of norms, a
             baseline of other rows or layers, an argument that the kernel does not use.
+        OSError: no room on disk for the span of a long window (`n_span`).
 
     >>> import numpy as np, xarray as xr
     >>> delta = np.where(np.arange(8) < 4, 1e-9, 1.0).astype("float32").reshape(1, 1, 8, 1)
@@ -241,16 +243,17 @@ def _measured(source: Kernels, twin: Kernels | None, plan: Plan, n_kept: int) ->
     shape = (len(source.layers), *plan.at.shape)
     for layer, row in np.ndindex(shape[:2]):
         where, own = (layer, row, plan.at[row], plan.window[row]), ("real", *source.nulls)
-        queries = of_row(source, dict(zip(own, own, strict=True)), *where, plan.settings, n_kept if row == 0 else 0)
+        runs = [of_row(source, dict(zip(own, own, strict=True)), *where, plan.settings, n_kept if row == 0 else 0)]
         if twin is not None:
-            queries = chain(queries, of_row(twin, {"baseline": "real"}, *where, plan.settings))
-        for variant, query in queries:
-            one, sums = query.result()
-            totals.setdefault(variant, []).append(sums)
-            if variant in SPANNING:
-                details.setdefault(variant, []).append(one)
-            if query.n_kept:
-                kept.append(query.kept)
+            runs.append(of_row(twin, {"baseline": "real"}, *where, plan.settings))
+        with ExitStack() as stack:
+            for variant, query in chain.from_iterable(stack.enter_context(closing(run)) for run in runs):
+                one, sums = query.result()
+                totals.setdefault(variant, []).append(sums)
+                if variant in SPANNING:
+                    details.setdefault(variant, []).append(one)
+                if query.n_kept:
+                    kept.append(query.kept)
     found = {
         labels.PREFIX[variant] + name: values
         for variant, parts in details.items()

@@ -1,33 +1,11 @@
-"""What a layer selects, as executed and frozen in time."""
+"""Kernels of a layer whose selection is frozen in time."""
 
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Inexact, Int
 
-__all__ = ["Selection", "frozen"]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """B and C of one (layer, row), and which heads read what; one token stands for all where they are constant."""
-
-    B: Inexact[np.ndarray, "#token group state"]
-    C: Inexact[np.ndarray, "#token group state"]
-    groups: Int[np.ndarray, " head"]
-
-    def of(
-        self, at: int, window: int
-    ) -> tuple[Inexact[np.ndarray, "#window group state"], Inexact[np.ndarray, "group state"]]:
-        """B of the sources in the window, C at its query."""
-        return (self.B, self.C[0]) if len(self.B) == 1 else (self.B[at + 1 - window : at + 1], self.C[at])
-
-    @cached_property
-    def mean(self) -> Inexact[np.ndarray, "group state"]:
-        """Mean C times mean B."""
-        return self.C.mean(axis=0) * self.B.mean(axis=0)
+__all__ = ["frozen"]
 
 
 def frozen(

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from mamba_probe.analyses.lti_limits.fits import fit_optimised
 from mamba_probe.analyses.wavelet_alignment import core
 from mamba_probe.analyses.wavelet_alignment.basis import Basis
+from mamba_probe.analyses.wavelet_alignment.span import Span
 
 __all__ = ["MEANS", "MEDIANS", "ORDER_ERROR", "REFERENCE_MEANS", "SHARES", "Query", "Settings"]
 
@@ -75,7 +76,7 @@ class Query:
         self.sampled = _even(n_kernels, settings.n_sampled)
         self.spanning = _even(n_kernels, settings.n_span) if spanning else np.zeros(n_kernels, dtype=bool)
         self.parts, self.first, self.window = [], 0, 0
-        self.span, self.spanned = np.empty((0, 0)), 0
+        self.span = Span(0, 0)
         self.kept: tuple[np.ndarray, np.ndarray] = np.empty(0, dtype=int), np.empty((0, 0))
 
     def add(self, kernel: Float[np.ndarray, "kernel token"]) -> None:
@@ -87,16 +88,11 @@ class Query:
         if self.executed:
             found |= _references(kernel, scaled, coefficient, self.sampled[here], self.settings)
         self.parts.append(found)
-        self._span(coefficient[self.spanning[here] & ~np.isnan(coefficient[:, 0])])
+        if not self.first:
+            self.span = Span(int(self.spanning.sum()), coefficient.shape[1])
+        self.span.add(coefficient[self.spanning[here] & ~np.isnan(coefficient[:, 0])])
         self._keep(np.arange(here.start, here.stop), scaled)
         self.first = here.stop
-
-    def _span(self, coefficient: Float[np.ndarray, "kernel coefficient"]) -> None:
-        """Hold kernels of the span, in an array that is as large as all of them from the start."""
-        if not self.span.size:
-            self.span = np.empty((int(self.spanning.sum()), coefficient.shape[1]))
-        self.span[self.spanned : self.spanned + len(coefficient)] = coefficient
-        self.spanned += len(coefficient)
 
     def _keep(self, index: Int[np.ndarray, " kernel"], scaled: Float[np.ndarray, "kernel token"]) -> None:
         if self.n_kept:
@@ -119,12 +115,12 @@ class Query:
         curves = ("compaction", "dft_compaction")
         details = {name: values for name, values in each.items() if name not in curves}
         details["n_dead"] = np.asarray(float(np.sum(~alive)))
-        details |= _of_span(self.span[: self.spanned], self.window, self.settings)
+        details |= _of_span(self.span, self.window, self.settings)
         return details, totals | {"live": np.asarray(float(alive.sum()))}
 
     def release(self) -> None:
-        """Let go of the kernels of the span: its result has been taken."""
-        self.span, self.spanned = np.empty((0, 0)), 0
+        """Let go of the kernels of the span: its result has been taken, or will not be."""
+        self.span.close()
 
 
 def _even(size: int, n: int) -> Bool[np.ndarray, " kernel"]:
@@ -195,10 +191,10 @@ def _fitted(kernel: Float[np.ndarray, "kernel token"], n_states: int) -> Float[n
     return np.array([fit_optimised(one[::-1], n_states).error if np.any(one) else np.nan for one in kernel])
 
 
-def _of_span(coefficient: Float[np.ndarray, "kernel coefficient"], window: int, settings: Settings) -> Statistics:
+def _of_span(span: Span, window: int, settings: Settings) -> Statistics:
     """Principal angles with the coarse space; what is closed form in a window-wide basis is NaN in another."""
     coarse = settings.basis.coarse(window, settings.level)
-    cosines, rank = core.coarse_cosines(coefficient, coarse)
+    cosines, rank = core.coarse_cosines(span, coarse)
     inside = settings.basis.mode == "periodization"
     return {
         "principal_cosine": np.pad(cosines, (0, settings.n_angles - len(cosines)), constant_values=np.nan),

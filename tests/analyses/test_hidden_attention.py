@@ -261,7 +261,7 @@ def test_aggregates_and_signs():
 def test_streams_hold_no_more_than_a_block(monkeypatch):
     monkeypatch.setattr(stream, "BLOCK_BYTES", 8 * 37 * 7)
     view = stream.Canonical(synthetic(heads=50), "delta", "A", "B", "C")
-    sizes = [block.row.delta.nbytes for block in stream.blocks(view, 0, 0, 0)]
+    sizes = [block.row.delta.nbytes for block in stream.blocks(view, 0, 0, [0], 0)]
     assert len(sizes) == 8
     assert max(sizes) == 8 * 37 * 7
 

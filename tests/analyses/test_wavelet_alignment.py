@@ -7,6 +7,7 @@ import xarray as xr
 
 from mamba_probe.analyses import wavelet_alignment
 from mamba_probe.analyses.wavelet_alignment import core
+from mamba_probe.analyses.wavelet_alignment.span import Span
 
 LEVEL, WINDOW = 3, 64
 
@@ -183,7 +184,11 @@ def test_principal_angles_agree_with_an_independent_svd() -> None:
 
 def test_random_subspaces_meet_their_closed_form() -> None:
     generator = np.random.default_rng(0)
-    found = [core.coarse_cosines(generator.standard_normal((6, 32)), np.arange(32) < 4)[0] for _ in range(400)]
+    found = []
+    for _ in range(400):
+        span = Span(6, 32)
+        span.add(generator.standard_normal((6, 32)))
+        found.append(core.coarse_cosines(span, np.arange(32) < 4)[0])
     assert np.mean(np.square(found)) == pytest.approx(6 / 32, abs=0.01)
 
 

@@ -12,7 +12,7 @@ import zarr.storage
 
 import mamba_probe as mp
 from mamba_probe.analyses import wavelet_alignment
-from mamba_probe.analyses.wavelet_alignment import kernels, passes
+from mamba_probe.analyses.wavelet_alignment import core, kernels, passes, span
 from mamba_probe.trace.store import save
 
 
@@ -87,6 +87,18 @@ def test_memory_is_of_a_block_of_heads(monkeypatch):
     assert peak(many, n_span=2)[1] < 1.5 * peak(few, n_span=2)[1], "4 times the heads"
 
 
+def test_a_span_on_disk_is_not_in_memory(monkeypatch):
+    monkeypatch.setattr(kernels, "AT_ONCE", 4 * 4096)
+    monkeypatch.setattr(kernels, "READ", 4 * 4096)
+    monkeypatch.setattr(core, "ROTATED", 128)
+    monkeypatch.setattr(core, "SPIKE_WINDOW", 64)
+    trace = lazy_trace(1, 1, 4096, 32).chunk(channel=4)
+    wavelet_alignment.measure(trace)
+    held = peak(trace, order_lags=16)[1]
+    monkeypatch.setattr(span, "IN_MEMORY", 0)
+    assert held - peak(trace, order_lags=16)[1] > 0.9 * (2 * 32 * 4096 * 8), "executed and null"
+
+
 @pytest.mark.parametrize(("held", "spans"), [(1, 1), (2 * 7 * 256, 2), (2**24, 4)])
 def test_spans_of_one_pass_are_held_at_a_time(monkeypatch, held, spans):
     """Two queries, each as executed and as its null: a span holds its kernels once, and none after its result."""
@@ -96,7 +108,7 @@ def test_spans_of_one_pass_are_held_at_a_time(monkeypatch, held, spans):
         def add(self, kernel):
             super().add(kernel)
             made.append(self)
-            most.append(sum(one.span.nbytes for one in {id(one): one for one in made}.values()))
+            most.append(sum(one.span.functions(0, 256).base.nbytes for one in {id(one): one for one in made}.values()))
 
     monkeypatch.setattr(passes, "Query", Watched)
     monkeypatch.setattr(passes, "HELD", held)

@@ -216,8 +216,8 @@ def test_shifting_delta_by_one_token_shows(mamba1, monkeypatch):
 def test_shifting_B_by_one_token_shows(mamba1, monkeypatch):
     load = kernels.Canonical.load
 
-    def shifted(self, wanted, *where):
-        return np.roll(load(self, wanted, *where), wanted == "B", axis=0)
+    def shifted(self, wanted, *where, **which):
+        return np.roll(load(self, wanted, *where, **which), wanted == "B", axis=0)
 
     monkeypatch.setattr(kernels.Canonical, "load", shifted)
     assert disagreement(mamba1, mamba1, "mixer") > 1e-3

@@ -37,7 +37,9 @@ TIERS = {  # asked for beside y -> bytes written a (token, channel) on top of y'
     "delta, delta_cumsum, energy": (Emit(("delta", "delta_cumsum", "energy")), 16),
     "A_bar bf16": (Emit(("A_bar",), dtype=BF16), 32),
     "A_bar fp32": (Emit(("A_bar",)), 64),
+    "h bf16": (Emit(("h",), dtype=BF16), 32),
     "A_bar, h bf16": (Emit(("A_bar", "h"), dtype=BF16), 64),
+    "mass, mass_distance (their own kernel)": (Emit(("mass", "mass_distance")), 8),
 }
 
 
@@ -168,9 +170,9 @@ def compare(name, make, peer, emit=None) -> str:
 
 def tiers() -> list[str]:
     """What emission costs at S28, against y only and against the floor of written bytes."""
-    inputs = sets(lambda: mamba1(SHAPES["S28"], BF16), 1)
+    inputs = [mamba1(SHAPES["S28"], BF16)]  # larger than the L2
     rows = SHAPES["S28"][0] * SHAPES["S28"][1] * SHAPES["S28"][2]
-    sides = {"y": [ours(each) for each in inputs[:1]]}
+    sides = {"y": [ours(inputs[0])]}
     sides |= {name: [ours(inputs[0], emit)] for name, (emit, _) in TIERS.items()}
     found = timed(sides)
     lines = [f"| y | {found['y'][0]:.4f} | 1.00 | | {extra(sides['y'][0]):.1f} |"]
@@ -181,6 +183,15 @@ def tiers() -> list[str]:
             f"| {name} | {ms:.4f} | {ms / found['y'][0]:.2f} | {ms / floor:.2f} | {extra(sides[name][0]):.1f} |"
         )
     return lines
+
+
+def states() -> str:
+    """h of Mamba-2 at every token, batch 4, against writing it."""
+    inputs = mamba2(4, BF16)
+    call = ours(inputs, Emit(("h",), dtype=BF16))
+    ms = do_bench(call, warmup=5, rep=60, return_mode="median")
+    floor = inputs["x"].numel() * inputs["B"].shape[-1] * 2 / WRITE * 1e3
+    return f"| Mamba-2, batch 4: h bf16 | {ms:.3f} | | {ms / floor:.2f} | {extra(call):.1f} |"
 
 
 def error(value, exact) -> str:
@@ -228,11 +239,13 @@ def sweep() -> list[str]:
     for name, shape in SHAPES.items():
         inputs = mamba1(shape, BF16)
         found = {"rule": do_bench_cudagraph(lambda i=inputs: ours(i)(), rep=10, return_mode="median")}
-        for rows, tokens in ((16, 8), (8, 16)):
-            for chunks in (1,) if name in ("S28", "S130") else (1, 4, 8, 11, 16, 22):
-                fused.choose_tile = lambda a, tile=(rows, tokens, chunks): fused.Tile(*tile)
-                call = lambda i=inputs: ours(i)()  # noqa: E731
-                found[f"{rows}x{tokens}, {chunks}"] = do_bench_cudagraph(call, rep=10, return_mode="median")
+        wide = [(16, 8, 1, 4, 1), (16, 8, 1, 4, 3), (8, 16, 1, 4, 1)]
+        cut = [(16, 8, chunks, 4, 1) for chunks in (4, 8, 11, 16, 22)] + [(8, 16, chunks, 4, 1) for chunks in (4, 8)]
+        for tile in wide if name in ("S28", "S130") else cut:
+            fused.choose_tile = lambda a, tile=tile: fused.Tile(*tile)
+            call = lambda i=inputs: ours(i)()  # noqa: E731
+            label = "{}x{}, {} chunks, {} stages".format(*tile[:3], tile[4])
+            found[label] = do_bench_cudagraph(call, rep=10, return_mode="median")
         fused.choose_tile = rule
         best = min(found, key=lambda tile: found[tile])
         others = ", ".join(f"{tile}: {ms:.4f}" for tile, ms in found.items() if tile != "rule")
@@ -264,7 +277,7 @@ def main() -> None:
         raise SystemExit("this benchmark needs a CUDA device; benchmarks/scan.py runs on a CPU")
     torch.manual_seed(0)
     if given.sweep:
-        head = ["| shape | rule, ms | x best | rows x tokens, chunks: ms |", "|---" * 4 + "|"]
+        head = ["| shape | rule, ms | x best | others, rows x tokens: ms |", "|---" * 4 + "|"]
         text = "\n".join(
             ["# `benchmarks/scan_gpu.py --sweep`", "", environment(with_peer=False), "", *head, *sweep(), ""]
         )
@@ -291,6 +304,7 @@ def main() -> None:
         "| S28 bf16, beside y | ms | x y only | x byte floor | MB above what is kept |",
         "|---" * 5 + "|",
         *tiers(),
+        states(),
     ]
     lines += [
         "",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 __all__ = ["EMITTABLE", "STATE_SIZED", "Emission", "Emit"]
 
-EMITTABLE = ("delta", "A_bar", "B_bar", "B", "C", "h", "y", "delta_cumsum", "energy")
+EMITTABLE = ("delta", "A_bar", "B_bar", "B", "C", "h", "y", "delta_cumsum", "energy", "mass", "mass_distance")
 """Names a scan can emit."""
 
 STATE_SIZED = ("A_bar", "B_bar", "h")
@@ -26,6 +26,12 @@ class Emit:
     """What is asked of a scan: which variables, at which tokens, of which heads.
 
     Source: ours. What is not named is neither computed nor allocated.
+
+    mass and mass_distance say how much a token can read of what all tokens of this call up to it wrote, and how many
+    tokens back that lies on average, by a recurrence of their own over the states n:
+
+        m_t = |A_bar_t| m_{t-1} + |B_bar_t|                 mass_t = sum_n |C_t| m_t
+        d_t = |A_bar_t| (d_{t-1} + m_{t-1})                 mass_distance_t = sum_n |C_t| d_t / mass_t
 
     Args:
         variables: names out of `EMITTABLE`, each once.
@@ -84,10 +90,15 @@ class Emit:
 class Emission:
     """What a scan emitted; None where it was not asked for. The token and head axes hold the selection only.
 
-    delta, A_bar, B_bar, h, y and energy have the scan's compute dtype (float32, or float64 for float64 inputs), unless
-    `Emit.dtype` narrows A_bar, B_bar and h; B and C have that of the inputs; with complex A, A_bar, B_bar, B, C and h
-    are complex. A_bar has no state axis where A has none (Mamba-2). Constant B and C are repeated at every token.
+    What is computed has the scan's compute dtype (float32, or float64 for float64 inputs), unless `Emit.dtype` narrows
+    A_bar, B_bar and h; B and C have that of the inputs, delta_cumsum is float64; with complex A, A_bar, B_bar, B, C and
+    h are complex. A_bar has no state axis where A has none (Mamba-2). Constant B and C are repeated at every token.
     y includes D x and is before the gate. energy is the sum of |h|^2 over the states.
+
+    mass and mass_distance (tokens; NaN where mass is 0) are those of `Emit`, sums over a conjugate pair where A is
+    complex. mass_t is at least the sum over s of |alpha_t[s]|, hidden attention, and equal to it where the terms of a
+    source have one sign: with one real state, or real B and C >= 0. They start at zero with every call, since the
+    tokens behind an initial_state are not known: it is not counted.
     """
 
     delta: Float[Tensor, "batch token head"] | None = None
@@ -99,6 +110,8 @@ class Emission:
     y: Float[Tensor, "batch token head head_channel"] | None = None
     delta_cumsum: Float64[Tensor, "batch token head"] | None = None
     energy: Float[Tensor, "batch token head head_channel"] | None = None
+    mass: Float[Tensor, "batch token head"] | None = None
+    mass_distance: Float[Tensor, "batch token head"] | None = None
 
 
 def _names(variables: Sequence[str]) -> tuple[str, ...]:

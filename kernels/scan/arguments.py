@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,15 +113,14 @@ def check(
     optional |= {"seq_idx": seq_idx, "log_decay": log_decay}
     given = {"x": x, "delta": delta, "A": A, "B": B, "C": C}
     given |= {name: value for name, value in optional.items() if value is not None}
-    dtype = _compute_dtype(given)
-    _check_shapes(given)
+    dtype = _agreed(tuple(_kind(name, value) for name, value in given.items()))
     state_dtype = dtype.to_complex() if A.is_complex() else dtype
     return Arguments(
         x=x,
         delta=delta,
         A=A.to(state_dtype).reshape(len(A), -1),
-        B=B.expand(*x.shape[:2], -1, -1),
-        C=C.expand(*x.shape[:2], -1, -1),
+        B=B if B.ndim == 4 else B.expand(*x.shape[:2], -1, -1),
+        C=C if C.ndim == 4 else C.expand(*x.shape[:2], -1, -1),
         D=None if D is None else D.to(dtype).reshape(*D.shape, *[1] * (2 - D.ndim)).expand(x.shape[2:]),
         z=z,
         delta_bias=None if delta_bias is None else delta_bias.to(dtype),
@@ -137,12 +137,34 @@ def check(
     )
 
 
-def _compute_dtype(given: dict[str, Tensor]) -> torch.dtype:
+class Kind(NamedTuple):
+    """What of a tensor its check depends on."""
+
+    name: str
+    dtype: torch.dtype
+    shape: torch.Size
+    device: torch.device
+
+
+def _kind(name: str, value: Tensor) -> Kind:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"`{name}` must be a torch.Tensor; got {type(value).__name__}")
+    return Kind(name, value.dtype, value.shape, value.device)
+
+
+@lru_cache(maxsize=1024)
+def _agreed(kinds: tuple[Kind, ...]) -> torch.dtype:
+    """The compute dtype of tensors that fit together; asked anew only for new dtypes, shapes or devices."""
+    given = {kind.name: kind for kind in kinds}
+    dtype = _compute_dtype(given)
+    _check_shapes(given)
+    return dtype
+
+
+def _compute_dtype(given: dict[str, Kind]) -> torch.dtype:
     """float64 when every tensor is (or complex128), else float32; on the way, the dtypes and devices are checked."""
-    device = getattr(given["x"], "device", None)
+    device = given["x"].device
     for name, value in given.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"`{name}` must be a torch.Tensor; got {type(value).__name__}")
         _check_dtype(name, value, given["A"])
         if value.device != device:
             raise ValueError(f"`{name}` is on {value.device}, `x` on {device}: move them to one device")
@@ -154,24 +176,24 @@ def _compute_dtype(given: dict[str, Tensor]) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-def _check_dtype(name: str, value: Tensor, A: Tensor) -> None:
+def _check_dtype(name: str, value: Kind, A: Kind) -> None:
     if name == "seq_idx":
         if value.dtype not in INDEX_DTYPES:
             raise ValueError(f"`seq_idx` must be int32 or int64, one number a sequence; got {value.dtype}")
-    elif value.is_complex() and name not in STATE_LIKE:
+    elif value.dtype.is_complex and name not in STATE_LIKE:
         raise ValueError(f"`{name}` must be real; got {value.dtype}: only {', '.join(STATE_LIKE)} may be complex")
     elif value.dtype not in REAL_DTYPES + COMPLEX_DTYPES:
         raise ValueError(
             f"`{name}` must be float32, bfloat16, float16 or float64, or complex64 or complex128 (S4D); "
             f"got {value.dtype}"
         )
-    elif name in STATE_LIKE and isinstance(A, Tensor) and value.is_complex() != A.is_complex():
+    elif name in STATE_LIKE and value.dtype.is_complex != A.dtype.is_complex:
         raise ValueError(
             f"`{name}` is {value.dtype}, `A` {A.dtype}: {', '.join(STATE_LIKE)} are all complex (S4D) or all real"
         )
 
 
-def _check_shapes(given: dict[str, Tensor]) -> None:
+def _check_shapes(given: dict[str, Kind]) -> None:
     """Bind each axis name at its first sight (x, delta, B, C, A, ...) and hold the later tensors to it."""
     sizes: dict[str, int] = {}
     _match("x", given["x"], ("batch", "token", "head", "head_channel"), sizes)
@@ -179,12 +201,12 @@ def _check_shapes(given: dict[str, Tensor]) -> None:
         raise ValueError(f"`x` has no token: the sequence is empty, shape {tuple(given['x'].shape)}")
     _match("delta", given["delta"], ("batch", "token", "head"), sizes)
     for name in "BC":
-        constant = given[name].ndim == 2
+        constant = len(given[name].shape) == 2
         _match(name, given[name], ("group", "state") if constant else ("batch", "token", "group", "state"), sizes)
-    of_A = ("head", "state")[: max(1, given["A"].ndim)]
+    of_A = ("head", "state")[: max(1, len(given["A"].shape))]
     _match("A", given["A"], of_A, sizes)
     optional = {
-        "D": ("head", "head_channel")[: max(1, given["D"].ndim)] if "D" in given else (),
+        "D": ("head", "head_channel")[: max(1, len(given["D"].shape))] if "D" in given else (),
         "z": ("batch", "token", "head", "head_channel"),
         "delta_bias": ("head",),
         "initial_state": ("batch", "head", "head_channel", "state"),
@@ -202,8 +224,8 @@ def _check_shapes(given: dict[str, Tensor]) -> None:
         )
 
 
-def _match(name: str, value: Tensor, axes: tuple[str, ...], sizes: dict[str, int]) -> None:
-    right = value.ndim == len(axes) and all(
+def _match(name: str, value: Kind, axes: tuple[str, ...], sizes: dict[str, int]) -> None:
+    right = len(value.shape) == len(axes) and all(
         sizes.get(axis, size) == size for axis, size in zip(axes, value.shape, strict=True)
     )
     if not right:

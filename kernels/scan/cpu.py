@@ -15,7 +15,7 @@ from mamba_probe.kernels.emission import Emission
 from mamba_probe.kernels.scan import compiled
 from mamba_probe.kernels.scan.arguments import Arguments
 from mamba_probe.kernels.scan.block import Block, Step, select
-from mamba_probe.kernels.scan.naive import decay_exponent, read_out, step_size, write_scale
+from mamba_probe.kernels.scan.naive import decay_exponent, read_out, read_size, step_size, write_scale
 
 __all__ = ["BLOCK_BYTES", "scan"]
 
@@ -51,8 +51,8 @@ def _by_blocks(a: Arguments, step: Callable[[Tensor, Block], Step], length: int)
         for name, keeper in kept.items():
             keeper.add(select(list(y.unbind(1)), chosen) if name == "y" else after)
         outputs.append((y if a.z is None else y * F.silu(a.z[:, span].to(a.dtype))).to(a.x.dtype))
-    emission = _stateless(a, delta.expand(a.delta.shape)) | {name: keeper.all() for name, keeper in kept.items()}
-    return torch.cat(outputs, dim=1), h, Emission(**emission)
+    emission = {name: keeper.all() for name, keeper in kept.items()} | _stateless(a, delta.expand(a.delta.shape))
+    return torch.cat(outputs, dim=1), h, Emission(**emission, **_masses(a, delta))
 
 
 class _Kept:
@@ -130,7 +130,6 @@ def _stateless(a: Arguments, delta: Tensor) -> dict[str, Tensor]:
     """What was asked for and needs no state."""
     chosen = a.emit.heads_of(a.emit.tokens_of(delta), 2)
     A = a.emit.heads_of(a.A, 0)
-    group = [head // a.heads_per_group for head in a.emit.channels or range(a.A.shape[0])]
 
     def A_bar() -> Tensor:
         given = None if a.log_decay is None else a.widened(a.emit.heads_of(a.emit.tokens_of(a.log_decay), 2))
@@ -141,12 +140,61 @@ def _stateless(a: Arguments, delta: Tensor) -> dict[str, Tensor]:
     makers = {
         "delta": lambda: chosen.clone(),
         "A_bar": A_bar,
-        "B_bar": lambda: write_scale(chosen, A, a.discretization) * a.widened(a.emit.tokens_of(a.B))[:, :, group],
+        "B_bar": lambda: write_scale(chosen, A, a.discretization) * a.widened(a.emit.tokens_of(a.B))[:, :, _groups(a)],
         "B": lambda: a.emit.tokens_of(a.B).clone(),
         "C": lambda: a.emit.tokens_of(a.C).clone(),
         "delta_cumsum": lambda: a.emit.tokens_of(a.emit.heads_of(delta, 2).cumsum(1, dtype=torch.float64)),
     }
     return {name: a.emit.rounded(name, make()) for name, make in makers.items() if name in a.emit.variables}
+
+
+def _masses(a: Arguments, delta: Tensor) -> dict[str, Tensor]:
+    """mass and mass_distance where asked for, of the chosen heads and up to the last chosen token: a pass of its own.
+
+    Blocks of plain torch, also where the states come from matrix products or from a compiled loop.
+    """
+    found = {name: [] for name in ("mass", "mass_distance") if name in a.emit.variables}
+    n_token = a.emit.tokens[-1] + 1 if a.emit.tokens else a.n_token
+    m, d = a.x.new_zeros((2, a.x.shape[0], len(_groups(a)), a.B.shape[3]), dtype=a.dtype)
+    length = _mass_length(a)
+    for start in range(0, n_token if found else 0, length):
+        span = slice(start, min(start + length, n_token))
+        decay, write, C = _of_mass(a, delta if a.constant_delta else delta[:, span], span)
+        near, far = [], []
+        for kept, wrote in zip(decay.unbind(1), write.unbind(1), strict=True):
+            if "mass_distance" in found:
+                far.append(d := kept * (d + m))
+            near.append(m := torch.addcmul(wrote, kept, m))
+        chosen = a.emit.positions(span.start, span.stop)
+        if not select(near, chosen):
+            continue
+        mass, *further = ((C[:, chosen] * torch.stack(select(of, chosen), 1)).sum(-1) for of in (near, far) if of)
+        for name, parts in found.items():
+            parts.append(mass if name == "mass" else further[0] / mass)
+    return {name: torch.cat(parts, dim=1) for name, parts in found.items()}
+
+
+def _of_mass(a: Arguments, delta: Tensor, span: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the chosen heads in `span`: |A_bar| and |B_bar| (batch, token, head, state), and |C| with head or 1."""
+    A, delta = a.emit.heads_of(a.A, 0), a.emit.heads_of(delta, 2)
+    log_decay = None if a.log_decay is None else a.widened(a.emit.heads_of(a.log_decay[:, span], 2))
+    exponent = decay_exponent(delta, A, log_decay, None if a.starts is None else a.starts[:, span])
+    B, C = (a.widened(tensor[:, span]) for tensor in (a.B, a.C))
+    B, C = (tensor if tensor.shape[2] == 1 else tensor[:, :, _groups(a)] for tensor in (B, C))
+    decay = torch.exp(exponent.real if exponent.is_complex() else exponent)
+    write = write_scale(delta, A, a.discretization).abs() * B.abs()
+    return decay.expand(-1, write.shape[1], -1, -1), write, read_size(C)
+
+
+def _groups(a: Arguments) -> list[int]:
+    """The group of each chosen head."""
+    return [head // a.heads_per_group for head in a.emit.channels or range(a.A.shape[0])]
+
+
+def _mass_length(a: Arguments) -> int:
+    """Tokens whose |A_bar|, |B_bar|, m, d and their products with C (zoh: and phi1's four) fit BLOCK_BYTES."""
+    n_tensor = 6 if a.discretization == "euler" else 10
+    return max(1, BLOCK_BYTES // (n_tensor * a.x.shape[0] * a.x.shape[2] * a.B.shape[3] * a.dtype.itemsize))
 
 
 def _block_length(a: Arguments) -> int:

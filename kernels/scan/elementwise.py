@@ -9,6 +9,9 @@ import triton.language as tl
 __all__ = ["LOG2E", "clamp", "decay", "phi1", "silu", "step_size"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E_REST = tl.constexpr(1.3349758157512938e-8)
+"""(log2(e) - LOG2E in float32) ln 2: what float32 leaves off of LOG2E."""
 
 
 @triton.jit
@@ -20,12 +23,14 @@ def clamp(value, low, high):
 
 @triton.jit
 def _exp(x):
-    """2^n exp(r), n = round(x / ln 2), r = x - n ln 2 in two parts: keeps its digits at large |x|."""
+    """exp(x) for x <= 0: 2^z of the rounded z = x log2(e), and what the rounding left off to first order."""
     if x.dtype == tl.float64:
         return tl.exp(x)
-    n = tl.floor(x * LOG2E + 0.5)
-    r = x - n * 0.693359375 + n * 2.12194440e-4
-    return tl.exp2(r * LOG2E) * tl.exp2(n)
+    x = tl.maximum(x, -87.0, propagate_nan=tl.PropagateNan.ALL)  # also -inf, whose rest would be NaN
+    z = x * LOG2E
+    rest = tl.fma(x, LOG2E, -z) * LN2 + x * LOG2E_REST
+    e = tl.exp2(z)
+    return tl.fma(e, rest, e)
 
 
 @triton.jit
@@ -76,7 +81,8 @@ def silu(z, NARROW: tl.constexpr = False):
     if NARROW:
         root = tl.rsqrt(1.0 + tl.exp2(-z * LOG2E))
         return z * (root * root)
-    return z / (1.0 + _exp(-z))
+    e = _exp(-tl.abs(z))
+    return z * tl.where(z < 0.0, e, 1.0) / (1.0 + e)
 
 
 @triton.jit

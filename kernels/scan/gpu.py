@@ -5,7 +5,7 @@
 | (head, state), real | `fused`: chunks of tokens, decays of every state |
 | (head,), real | `chunked`: matrix products within a chunk |
 
-Forward only.
+mass and mass_distance are `mass`'s, after either. Forward only.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from mamba_probe.kernels.emission import STATE_SIZED, Emission
-from mamba_probe.kernels.scan import chunked, fused
+from mamba_probe.kernels.scan import chunked, fused, mass
 from mamba_probe.kernels.scan.arguments import Arguments
 
 __all__ = ["buffers", "check_device", "scan"]
@@ -32,6 +32,7 @@ def scan(a: Arguments) -> tuple[Tensor, Tensor, Emission]:
     head_slot = _slots(a.emit.channels, n_head, device)
     with torch.cuda.device_of(a.x):
         (chunked if a.scalar_A else fused).launch(a, out, last, emitted, token_slot, head_slot)
+        mass.launch(a, emitted, token_slot, head_slot)
     inputs = {name: a.emit.tokens_of(vars(a)[name]).clone() for name in "BC" if name in a.emit.variables}
     return out, last, Emission(**emitted, **inputs)
 
@@ -59,6 +60,8 @@ def _check_arguments(a: Arguments) -> None:
 
 def buffers(a: Arguments) -> dict[str, Tensor]:
     """Uninitialised outputs of what was asked for; B and C are inputs and need none."""
+    if not a.emit.variables:
+        return {}
     n_batch, n_token, n_head, head_channel = a.x.shape
     kept = n_batch, _size(a.emit.tokens, n_token), _size(a.emit.channels, n_head)
     state = a.B.shape[3]
@@ -70,6 +73,8 @@ def buffers(a: Arguments) -> dict[str, Tensor]:
         "h": (head_channel, state),
         "y": (head_channel,),
         "energy": (head_channel,),
+        "mass": (),
+        "mass_distance": (),
     }
     dtypes = dict.fromkeys(tails, a.dtype) | {"delta_cumsum": torch.float64}
     dtypes |= dict.fromkeys(STATE_SIZED, a.emit.dtype or a.dtype)

@@ -9,6 +9,10 @@ Symbols of one token t, for head i of group g(i) = i // (head / group), channel 
     h_t     (head, p, state)    A_bar_t h_{t-1} + B_bar_t x_t
     y_t     (head, p)           sum_n C_t h_t + D x_t            complex h: sum_n 2 Re(C_t h_t) + D x_t
     out_t   (head, p)           y_t silu(z_t), or y_t without z
+    m_t     (head, state)       |A_bar_t| m_{t-1} + |B_bar_t|         what unit writes of all tokens so far have left
+    d_t     (head, state)       |A_bar_t| (d_{t-1} + m_{t-1})         the same, each times its distance in tokens
+    mass_t  (head)              sum_n |C_t| m_t                       complex: of the pair, 2 |C_t|
+    mass_distance_t (head)      sum_n |C_t| d_t / sum_n |C_t| m_t     ours, as m and d
 
 Source: Gu & Dao 2023, "Mamba", arXiv 2312.00752 (recurrence); Dao & Gu 2024, arXiv 2405.21060 (A a scalar a head);
 Gu et al. 2022, "On the parameterization and initialization of diagonal state space models", arXiv 2206.11893 (S4D:
@@ -22,13 +26,13 @@ from torch import Tensor
 from mamba_probe.kernels.emission import Emission
 from mamba_probe.kernels.scan.arguments import Arguments
 
-__all__ = ["decay_exponent", "phi1", "read_out", "scan", "step_size", "write_scale"]
+__all__ = ["decay_exponent", "phi1", "read_out", "read_size", "scan", "step_size", "write_scale"]
 
 
 def scan(a: Arguments) -> tuple[Tensor, Tensor, Emission]:
     """Outputs (batch, token, head, head_channel) in x's dtype, last state, emission."""
     tokens = set(range(a.n_token) if a.emit.tokens is None else a.emit.tokens)
-    h = a.initial_state
+    h, (m, d) = a.initial_state, a.x.new_zeros((2, *a.state_shape[:2], a.state_shape[3]), dtype=a.dtype)
     delta_cumsum = 0.0
     outputs, kept = [], []
     for t in range(a.n_token):
@@ -39,6 +43,7 @@ def scan(a: Arguments) -> tuple[Tensor, Tensor, Emission]:
         A_bar = torch.exp(decay_exponent(delta, a.A, log_decay, None if a.starts is None else a.starts[:, t]))
         B_bar = write_scale(delta, a.A, a.discretization) * B
         h = A_bar[:, :, None] * h + B_bar[:, :, None] * x[..., None]
+        m, d = A_bar.abs() * m + B_bar.abs(), A_bar.abs() * (d + m)
         y = read_out((C[:, :, None] * h).sum(-1))
         y = y if a.D is None else y + a.D * x
         outputs.append((y if a.z is None else y * F.silu(_at(a.z, t, a))).to(a.x.dtype))
@@ -46,7 +51,8 @@ def scan(a: Arguments) -> tuple[Tensor, Tensor, Emission]:
         if t in tokens:
             A_bar = A_bar[..., 0] if a.scalar_A else A_bar
             step = {"delta": delta, "A_bar": A_bar, "B_bar": B_bar, "h": h, "y": y, "delta_cumsum": delta_cumsum}
-            step["energy"] = (h.abs() ** 2).sum(-1)
+            mass, far = ((read_size(C) * each).sum(-1) for each in (m, d))
+            step |= {"energy": (h.abs() ** 2).sum(-1), "mass": mass, "mass_distance": far / mass}
             chosen = [name for name in a.emit.variables if name in step]
             kept.append({name: a.emit.rounded(name, a.emit.heads_of(step[name], 1)) for name in chosen})
     emission = {name: torch.stack([step[name] for step in kept], dim=1) for name in kept[0]}
@@ -92,6 +98,11 @@ def phi1(z: Tensor) -> Tensor:
 def read_out(sums: Tensor) -> Tensor:
     """Sums of C h over the states -> real outputs: a complex state stands for itself and its conjugate."""
     return 2 * sums.real if sums.is_complex() else sums
+
+
+def read_size(C: Tensor) -> Tensor:
+    """|C|, and twice that for a complex C: of a state and its conjugate."""
+    return 2 * C.abs() if C.is_complex() else C.abs()
 
 
 def _at(tensor: Tensor, t: int, a: Arguments) -> Tensor:

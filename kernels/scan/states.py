@@ -1,92 +1,112 @@
-"""The state after every token, for A (head,): token after token, since writing it takes longer than finding it."""
+"""What is emitted of every token, for A (head,): token after token, since writing it takes longer than finding it."""
 
 # Triton's types know neither constexpr arguments nor loops over static_range.
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 
 import triton
 import triton.language as tl
 
-from mamba_probe.kernels.scan.steps import discretize
-
-__all__ = ["entering", "states_kernel"]
+__all__ = ["states_kernel", "tokens_kernel"]
 
 
-@triton.jit
-def _load_delta(p_delta, i_stride, o_token, stop, dtype: tl.constexpr):
-    return tl.load(p_delta + o_token.to(tl.int64) * i_stride, mask=o_token < stop, other=0.0).to(dtype)
+GROUP = tl.constexpr(2)
+"""Tokens that are loaded together, one group ahead."""
 
 
 @triton.jit
-def entering(p_initial, p_whole, p_local, i_batch, i_span, n_span, i_head, o_state, m_state, H: tl.constexpr,
-             SIZE: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
-    """The state before a span and the sum of delta there, from what the spans before it left."""
-    b_h = tl.zeros(o_state.shape, dtype)
-    b_elapsed = tl.full((), 0.0, tl.float64)
-    if p_initial is not None:
-        b_h = tl.load(p_initial + (i_batch * H + i_head) * SIZE + o_state, mask=m_state, other=0.0)
-    if p_local is not None:
-        for j in range(i_span):
-            i_whole = (i_batch * (n_span - 1) + j) * H + i_head
-            b_h *= tl.load(p_whole + 2 * i_whole).to(dtype)
-            b_h += tl.load(p_local + i_whole * SIZE + o_state, mask=m_state, other=0.0)
-            b_elapsed += tl.load(p_whole + 2 * i_whole + 1)
-    return b_h, b_elapsed
+def _load_group(p_x, p_B, p_row, t, n_token, n_padded, x_stride, B_stride, m_p, m_n):
+    """decay, scale, x and B of each token, one after another."""
+    group = ()
+    for k in tl.static_range(GROUP):
+        t_wide = tl.minimum(t + k, n_token - 1).to(tl.int64)
+        b_x = tl.load(p_x + t_wide * x_stride, mask=m_p, other=0.0)
+        b_B = tl.load(p_B + t_wide * B_stride, mask=m_n, other=0.0)
+        group = group + (tl.load(p_row + t_wide), tl.load(p_row + n_padded + t_wide), b_x, b_B)
+    return group
 
 
 @triton.jit
 def states_kernel(
-    p_x, p_delta, p_A, p_B, p_bias, p_starts, p_log, p_initial, p_whole, p_local, p_token_slot, p_head_slot,
-    e_h, e_energy, x_strides, delta_strides, B_strides, log_strides, n_token, n_span, span, n_kept_token, n_kept_head,
-    H: tl.constexpr, P: tl.constexpr, G: tl.constexpr, N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
-    SOFTPLUS: tl.constexpr, MIN: tl.constexpr, MAX: tl.constexpr, ZOH: tl.constexpr,
+    p_x, p_B, p_tokens, p_boundary, p_token_slot, p_head_slot, e_h, e_energy, x_strides, B_strides,
+    n_token, n_padded, n_kept_token, n_kept_head,
+    H: tl.constexpr, P: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
+    LOW: tl.constexpr, HIGH: tl.constexpr, BLOCK_N: tl.constexpr, BOUNDARY: tl.constexpr,
 ):  # fmt: skip
-    """h after every token and the sum of its square, by the recurrence: writing takes longer. Grid as `scan_kernel`."""
+    """h after every token and the sum of its square. Grid: heads x blocks of HIGH x LOW channels, boundaries, batch.
+
+    A tile of (LOW, N) has no more than 16 bytes in a thread, so that B is loaded in the layout of the state.
+    """
+    BLOCK_P: tl.constexpr = HIGH * LOW
     N_P: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
-    dtype: tl.constexpr = p_A.dtype.element_ty
+    dtype: tl.constexpr = p_tokens.dtype.element_ty
     i_head = (tl.program_id(0) // N_P).to(tl.int64)
-    i_span = tl.program_id(1)
+    i_batch = tl.program_id(2).to(tl.int64)
+    i_row = i_batch * H + i_head
+    i_slot = i_head if p_head_slot is None else tl.load(p_head_slot + i_head)
+    i_kept = (i_batch * n_kept_token * n_kept_head + i_slot) * P
+    o_low = tl.program_id(0) % N_P * BLOCK_P + tl.arange(0, LOW)[:, None, None]
+    o_p = tl.arange(0, HIGH)[None, :, None] * LOW + o_low
+    o_n = tl.arange(0, BLOCK_N)[None, None, :]
+    o_state = o_p * N + o_n
+    m_p = o_p < P if P % BLOCK_P else tl.full((LOW, HIGH, 1), True, tl.int1)
+    m_n = o_n + 0 * o_low < N
+    m_state = m_p & m_n
+    p_row = p_tokens + i_row * 3 * n_padded
+    p_x += i_batch * x_strides[0] + i_head * x_strides[2]
+    p_B += i_batch * B_strides[0] + i_head // (H // G) * B_strides[2]
+    q_x = p_x + o_p * x_strides[3]
+    q_B = p_B + (o_low * 0 + o_n * B_strides[3])
+    begin = tl.program_id(1) * BOUNDARY
+    stop = tl.minimum(begin + BOUNDARY, n_token) if i_slot >= 0 else begin
+    p_begin = p_boundary + (i_row * tl.num_programs(1) + tl.program_id(1)) * (P * N)
+    b_h = tl.load(p_begin + o_state, mask=m_state, other=0.0)
+    group = _load_group(q_x, q_B, p_row, begin, n_token, n_padded, x_strides[1], B_strides[1], m_p, m_n)
+    for t in range(begin, stop, GROUP):
+        ahead = _load_group(q_x, q_B, p_row, t + GROUP, n_token, n_padded, x_strides[1], B_strides[1], m_p, m_n)
+        for k in tl.static_range(GROUP):
+            b_write = group[4 * k + 1] * group[4 * k + 2].to(dtype)
+            b_h = tl.fma(group[4 * k], b_h, b_write * group[4 * k + 3].to(dtype))
+            i_token = t + k
+            if p_token_slot is not None:
+                i_token = tl.load(p_token_slot + i_token, mask=i_token < stop, other=-1)
+            o_kept = i_kept + tl.cast(i_token, tl.int64) * (n_kept_head * P)
+            is_kept = (t + k < stop) & (i_token >= 0)
+            if e_energy is not None:
+                b_energy = tl.sum(b_h * b_h, axis=2)[:, :, None]
+                tl.store(e_energy + o_kept + o_p, b_energy, mask=tl.where(is_kept, m_p, False))
+            if e_h is not None:
+                b_kept = b_h.to(e_h.dtype.element_ty)
+                tl.store(e_h + o_kept * N + o_state, b_kept, mask=tl.where(is_kept, m_state, False))
+        group = ahead
+
+
+@triton.jit
+def tokens_kernel(
+    p_B, p_tokens, p_token_slot, p_head_slot, e_B_bar, e_cumsum, B_strides,
+    n_token, n_padded, n_kept_token, n_kept_head,
+    H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """B_bar, and delta summed in float64. Grid: heads, 1, batch."""
+    i_head = tl.program_id(0).to(tl.int64)
     i_batch = tl.program_id(2).to(tl.int64)
     i_slot = i_head if p_head_slot is None else tl.load(p_head_slot + i_head)
-    o_p = (tl.program_id(0) % N_P * BLOCK_P + tl.arange(0, BLOCK_P))[:, None]
+    p_B += i_batch * B_strides[0] + i_head // (H // G) * B_strides[2]
+    p_row = p_tokens + (i_batch * H + i_head) * 3 * n_padded
     o_n = tl.arange(0, BLOCK_N)[None, :]
-    m_state = (o_p < P) & (o_n < N)
-    if i_slot >= 0:
-        b_A = tl.load(p_A + i_head).to(tl.float64)
-        b_bias = 0.0 if p_bias is None else tl.load(p_bias + i_head)
-        p_delta += i_batch * delta_strides[0] + i_head * delta_strides[2]
-        p_x += i_batch * x_strides[0] + i_head * x_strides[2]
-        p_B += i_batch * B_strides[0] + i_head // (H // G) * B_strides[2]
-        if p_starts is not None:
-            p_starts += i_batch * n_token
-        if p_log is not None:
-            p_log += i_batch * log_strides[0] + i_head * log_strides[2]
-        if e_h is not None:
-            e_h += (i_batch * n_kept_token * n_kept_head + i_slot) * (P * N)
-        if e_energy is not None:
-            e_energy += (i_batch * n_kept_token * n_kept_head + i_slot) * P
-        o_state = o_p * N + o_n
-        b_h, _b_elapsed = entering(
-            p_initial, p_whole, p_local, i_batch, i_span, n_span, i_head, o_state, m_state, H, P * N, dtype
-        )
-        stop = tl.minimum((i_span + 1) * span, n_token)
-        o_one = tl.arange(0, 1)[:, None]
-        b_raw = _load_delta(p_delta, delta_strides[1], i_span * span + o_one, stop, dtype)
-        for t in range(i_span * span, stop):
-            t_wide = tl.cast(t, tl.int64)
-            b_x = tl.load(p_x + t_wide * x_strides[1] + o_p * x_strides[3], mask=o_p < P, other=0.0).to(dtype)
-            p_tile = p_B + t_wide * B_strides[1] + o_p * 0 + o_n * B_strides[3]  # a whole tile, in the layout of b_h
-            b_B = tl.load(p_tile, mask=m_state, other=0.0).to(dtype)
-            n_raw = _load_delta(p_delta, delta_strides[1], t + 1 + o_one, stop, dtype)
-            o_t = t_wide + o_one
-            _b_delta, b_log2, b_scale = discretize(b_raw, b_bias, b_A, p_log, o_t * log_strides[1], p_starts, o_t,
-                                                   o_t < stop, SOFTPLUS, MIN, MAX, ZOH)  # fmt: skip
-            b_raw = n_raw
-            b_h = tl.exp2(b_log2).to(dtype) * b_h + b_scale.to(dtype) * b_x * b_B
-            i_token = t_wide if p_token_slot is None else tl.load(p_token_slot + t).to(tl.int64)
-            i_token *= n_kept_head * P
-            if e_energy is not None:
-                b_energy = tl.sum(b_h * b_h, axis=1)[:, None]
-                tl.store(e_energy + i_token + o_p, b_energy, mask=tl.where(i_token >= 0, o_p < P, False))
-            if e_h is not None:
-                m_kept = tl.where(i_token >= 0, m_state, False)
-                tl.store(e_h + i_token * N + o_state, b_h.to(e_h.dtype.element_ty), mask=m_kept)
+    b_elapsed = tl.full((), 0.0, tl.float64)
+    for t in range(0, n_token, BLOCK_T):
+        o_t = t + tl.arange(0, BLOCK_T)
+        m_t = o_t < n_token
+        t_slot = o_t if p_token_slot is None else tl.load(p_token_slot + o_t, mask=m_t, other=-1)
+        m_kept = m_t & (tl.minimum(t_slot, i_slot) >= 0)
+        o_kept = (i_batch * n_kept_token + t_slot) * n_kept_head + i_slot
+        if e_cumsum is not None:
+            b_delta = tl.load(p_row + 2 * n_padded + o_t, mask=m_t, other=0.0).to(tl.float64)
+            tl.store(e_cumsum + o_kept, b_elapsed + tl.cumsum(b_delta, 0), mask=m_kept)
+            b_elapsed += tl.sum(b_delta, 0)
+        if e_B_bar is not None:
+            m_B = m_kept[:, None] & (o_n < N)
+            b_B = tl.load(p_B + o_t.to(tl.int64)[:, None] * B_strides[1] + o_n * B_strides[3], mask=m_B, other=0.0)
+            b_scale = tl.load(p_row + n_padded + o_t, mask=m_t, other=0.0)
+            b_B_bar = b_scale[:, None] * b_B.to(b_scale.dtype)
+            tl.store(e_B_bar + o_kept[:, None] * N + o_n, b_B_bar.to(e_B_bar.dtype.element_ty), mask=m_B)

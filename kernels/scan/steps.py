@@ -10,7 +10,13 @@
 | end | the scale of the write, times the decay of the tokens that follow in the chunk |
 
 Past the last token they are such that nothing changes. Decays are summed in float64, and a decay over a whole chunk,
-which a long memory takes to a high power, is rounded once.
+which a long memory takes to a high power, is rounded once: fade (batch, head, chunk), behind those rows.
+
+| row of p_tokens (batch, head, 3, token), for what is emitted of every token | |
+|---|---|
+| decay | A_bar |
+| scale | B_bar / B |
+| delta | |
 """
 
 # Triton's types know neither constexpr arguments nor loops over static_range.
@@ -47,12 +53,12 @@ def discretize(raw, b_bias, b_A, p_log, o_log, p_starts, o_token, mask,
 
 @triton.jit
 def steps_kernel(
-    p_delta, p_A, p_bias, p_starts, p_log, p_steps, p_fade, p_size, p_token_slot, p_head_slot, e_delta, e_A_bar,
+    p_delta, p_A, p_bias, p_starts, p_log, p_steps, p_tokens, p_flag, p_token_slot, p_head_slot, e_delta, e_A_bar,
     delta_strides, log_strides, n_token, n_chunk, n_kept_token, n_kept_head,
-    H: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
+    H: tl.constexpr, FLAGS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr,
     SOFTPLUS: tl.constexpr, MIN: tl.constexpr, MAX: tl.constexpr, ZOH: tl.constexpr,
 ):  # fmt: skip
-    """Grid: chunks of BLOCK_T tokens, blocks of BLOCK_H heads, batch. p_size, where given, takes delta itself."""
+    """Grid: chunks of BLOCK_T tokens, blocks of BLOCK_H heads, batch. Sets FLAGS flags of p_flag to zero."""
     dtype: tl.constexpr = p_A.dtype.element_ty
     i_chunk = tl.program_id(0)
     i_batch = tl.program_id(2).to(tl.int64)
@@ -80,9 +86,17 @@ def steps_kernel(
     tl.store(p_step + n_padded, 1.0 + (b_low + 0.5 * b_low * b_low), mask=m_h)
     tl.store(p_step + 2 * n_padded, b_scale.to(dtype) * (1.0 - (b_low - 0.5 * b_low * b_low)), mask=m_h)
     tl.store(p_step + 3 * n_padded, (tl.exp2((b_total - b_sum).to(dtype)) * b_scale).to(dtype), mask=m_h)
+    p_fade = p_steps + tl.num_programs(2).to(tl.int64) * H * (4 * n_padded)
     tl.store(p_fade + o_head * n_chunk + i_chunk, tl.exp2(b_total).to(dtype), mask=m_h)
-    if p_size is not None:
-        tl.store(p_size + o_head * n_padded + o_t, b_delta, mask=m_h)
+    if p_tokens is not None:
+        p_row = p_tokens + o_head * (3 * n_padded) + o_t
+        tl.store(p_row, tl.exp2(b_log2).to(dtype), mask=m_h)
+        tl.store(p_row + n_padded, b_scale.to(dtype), mask=m_h)
+        tl.store(p_row + 2 * n_padded, b_delta, mask=m_h)
+    if p_flag is not None:
+        m_first = tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0
+        o_flag = tl.arange(0, FLAGS)
+        tl.store(p_flag + o_flag, 0, mask=tl.where(m_first, o_flag < FLAGS, False))
     t_slot = o_t if p_token_slot is None else tl.load(p_token_slot + o_t, mask=o_t < n_token, other=-1)
     h_slot = o_h if p_head_slot is None else tl.load(p_head_slot + o_h, mask=m_h, other=-1)
     m_kept = mask & (t_slot >= 0) & (h_slot >= 0)

@@ -6,8 +6,15 @@ A process of its own, since Triton reads the variable when it is imported. Tiny 
 import torch
 from oracle import EMITTED, SHAPES, by_name, cast, chosen, closed_form, draw, errors, featured, violations
 
-from mamba_probe.kernels.scan import Emit, fused, selective_scan
+from mamba_probe.kernels.scan import Emit, chunked, fused, selective_scan
 
+EMITTED = tuple(name for name in EMITTED if not name.startswith("mass"))  # a kernel of its own: test_mass
+SPANS = (  # features, spans, programs at once, states: a span waits for all before it, or for one
+    (("zoh", "seq_idx"), 3, 264, 5),
+    (("log_decay",), 2, 264, 16),
+    (("constant",), 3, 1, 17),
+    (("seq_idx", "log_decay"), 2, 1, 5),
+)
 TOKENS, CHANNELS = (0, 2, 40), (3, 1)
 PER_TOKEN = ("x", "delta", "B", "C", "z")
 PAIRWISE = (  # family, features, rows and tokens of a block, chunks, states: every two of them meet
@@ -83,6 +90,18 @@ def block(family, features, tile, state):
     assert not broken, (family, features, tile, broken)
 
 
+def handover(features, spans, programs, state):
+    """A sequence in several programs, and states that begin in the middle of it."""
+    arguments = featured(draw(None, 2, 41, 2, shape=(4, 3, state, True)), features)
+    naive = by_name(selective_scan(**arguments, emit=Emit(EMITTED), backend="naive"))
+    before = chunked.choose_tile, chunked.PROGRAMS, chunked.BOUNDARY
+    chunked.choose_tile, chunked.PROGRAMS, chunked.BOUNDARY = lambda a: chunked.Tile(16, 16, spans), programs, 16
+    found = triton(arguments, emit=Emit(EMITTED))
+    chunked.choose_tile, chunked.PROGRAMS, chunked.BOUNDARY = before
+    broken = violations(found, closed_form(**arguments), naive)
+    assert not broken, (features, spans, programs, broken)
+
+
 def rounded(family):
     """Emit.dtype rounds what has a state axis, and only that."""
     arguments, states = draw(family, 1, 9), ("A_bar", "B_bar", "h")
@@ -120,6 +139,7 @@ def main():
     cases += [(bound, family, 1, 257, 1) for family in ("mamba", "mamba2")]
     cases += [(check, family) for check in (double, plain, narrow, selection_and_split) for family in SHAPES]
     cases += [(block, *row) for row in PAIRWISE] + [(rounded, family) for family in SHAPES]
+    cases += [(handover, *row) for row in SPANS]
     cases += [(small_delta,), (nan_passes, "delta"), (nan_passes, "A")]
     for check, *arguments in cases:
         check(*arguments)

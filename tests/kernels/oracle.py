@@ -9,7 +9,7 @@ import math
 import numpy as np
 import torch
 
-EMITTED = ("delta", "A_bar", "B_bar", "B", "C", "h", "y", "delta_cumsum", "energy")
+EMITTED = ("delta", "A_bar", "B_bar", "B", "C", "h", "y", "delta_cumsum", "energy", "mass", "mass_distance")
 SHAPES = {"mamba": (6, 1, 5, False), "mamba2": (4, 3, 5, True), "mamba_heads": (4, 3, 5, False)}
 """head, head_channel, state, whether A is one scalar a head."""
 STATE_LIKE = ("A", "B", "C", "initial_state", "log_decay")
@@ -98,10 +98,15 @@ def closed_form(x, delta, A, B, C, D=None, z=None, *, delta_bias=None, delta_sof
     write = B_bar[:, :, :, None] * x[..., None]
     h_0 = np.zeros_like(write[:, 0]) if initial_state is None else doubled(initial_state).numpy()
     h = np.empty_like(write)
+    mass, distance = np.empty(delta.shape), np.empty(delta.shape)
     for t in range(x.shape[1]):
         same = order[:, : t + 1] == order[:, t, None]
         decay = np.exp(sums[:, t, None] - sums[:, : t + 1]) * same[..., None, None]
         first = np.exp(sums[:, t]) * (order[:, t] == 0)[:, None, None]
+        weight = np.abs(C[:, t, heads][:, None] * decay * B_bar[:, : t + 1]).sum(-1)
+        mass[:, t] = weight.sum(1) * (2 if np.iscomplexobj(C) else 1)
+        with np.errstate(invalid="ignore"):  # NaN where there is no mass
+            distance[:, t] = np.einsum("bsh,s->bh", weight, t - np.arange(t + 1.0)) / weight.sum(1)
         h[:, t] = (decay[:, :, :, None] * write[:, : t + 1]).sum(1) + first[:, :, None] * h_0
     y = (C[:, :, heads][:, :, :, None] * h).sum(-1)
     y = 2 * y.real if np.iscomplexobj(y) else y
@@ -112,6 +117,7 @@ def closed_form(x, delta, A, B, C, D=None, z=None, *, delta_bias=None, delta_sof
     A_bar = A_bar if A.ndim == 2 else A_bar[..., 0]
     found = {"out": y * gate, "last_state": h[:, -1], "delta": delta, "A_bar": A_bar, "B_bar": B_bar, "B": B, "C": C}
     found |= {"h": h, "y": y, "delta_cumsum": np.cumsum(delta, 1), "energy": (np.abs(h) ** 2).sum(-1)}
+    found |= {"mass": mass, "mass_distance": distance}
     return {name: torch.from_numpy(np.array(value)) for name, value in found.items()}
 
 
@@ -137,11 +143,11 @@ def by_name(result):
 
 
 def errors(answer, exact):
-    """max|a - b| / max|b| by name, over all of `answer`; shapes must agree."""
+    """max|a - b| / max|b| by name, over all of `answer`, absolute where b is 0; shapes must agree."""
     for name, value in answer.items():
         assert value.shape == exact[name].shape, (name, value.shape, exact[name].shape)
     return {
-        name: ((doubled(value) - exact[name]).abs().max() / exact[name].abs().max()).item()
+        name: (doubled(value) - exact[name]).abs().max().item() / (exact[name].abs().max().item() or 1.0)
         for name, value in answer.items()
     }
 

@@ -1,5 +1,7 @@
 """What the compiled kernels take, for an H200's sm_90 and without a GPU: a script, one JSON line a kernel of a call.
 
+With the argument "mass", those of mass and mass_distance.
+
 The real launch on CPU tensors, with a driver that compiles and does not run. A process of its own, since the driver
 is Triton's for the whole process.
 """
@@ -7,6 +9,7 @@ is Triton's for the whole process.
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from oracle import cast, draw
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
-from mamba_probe.kernels.scan import Emit, arguments, chunked, fused, gpu
+from mamba_probe.kernels.scan import Emit, arguments, chunked, fused, gpu, mass
 
 PER_TOKEN = ("x", "delta", "B", "C", "z")
 COMPILED = []
@@ -60,15 +63,32 @@ def call(name, family, inputs, emit=None, tile=None):
     a = arguments.check(**given)
     out, last = torch.empty_like(a.x), torch.empty(a.state_shape, dtype=a.dtype)
     COMPILED.clear()
-    launch = {"fused": fused, "chunked": chunked}[family].launch
-    launch(a, out, last, gpu.buffers(a), None, None, **({} if tile is None else {"tile": tile}))
+    asked = gpu.buffers(a), None, None
+    options = {} if tile is None else {"tile": tile}
+    if family == "mass":
+        mass.launch(a, *asked, **options)
+    else:
+        {"fused": fused, "chunked": chunked}[family].launch(a, out, last, *asked, **options)
     for kernel in COMPILED:
         print(json.dumps({"case": name, "kernel": kernel.metadata.name} | used(kernel)), flush=True)
+
+
+def masses():
+    """One state size each for Mamba-1 and Mamba-2, by the rule's tile and in chunks."""
+    wide, two = (draw(None, 1, 512, shape=shape) for shape in ((5120, 1, 16, False), (80, 64, 128, True)))
+    both = Emit(("mass", "mass_distance"))
+    call("mass bf16", "mass", cast(wide, torch.bfloat16, PER_TOKEN), both, mass.Tile(16, 8, 2))
+    call("mass fp32", "mass", wide, both, mass.Tile(16, 8, 2))
+    call("mass bf16, Mamba-2", "mass", cast(two, torch.bfloat16, PER_TOKEN), both, mass.Tile(2, 8, 2))
+    call("mass fp32, Mamba-2", "mass", two, both, mass.Tile(2, 4, 2))
 
 
 def main():
     driver.set_active(Driver())
     jit.KernelInterface.__getitem__ = compiled
+    if sys.argv[1:] == ["mass"]:
+        masses()
+        return
     wide, chunks = draw(None, 1, 512, shape=(5120, 1, 16, False)), fused.Tile(8, 16, 2)
     one = cast(wide, torch.bfloat16, PER_TOKEN)
     call("fused bf16", "fused", one, tile=fused.Tile(16, 8, 2))
@@ -79,6 +99,9 @@ def main():
     call("fused bf16 A_bar h", "fused", one, narrow, fused.Tile(16, 8, 1, 8))
     two = cast(draw(None, 1, 512, shape=(8, 64, 128, True)), torch.bfloat16, PER_TOKEN)
     call("chunked bf16", "chunked", two)
+    call("chunked bf16 h", "chunked", two, Emit(("h",), dtype=torch.bfloat16))
+    chunked.PROGRAMS = 1
+    call("chunked bf16, in rounds", "chunked", two, tile=chunked.Tile(64, 64, 2))
 
 
 if __name__ == "__main__":

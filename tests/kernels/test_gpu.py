@@ -180,6 +180,38 @@ def test_gradients_are_refused(oracle):
         assert selective_scan(**inputs).y.isfinite().all()
 
 
+@pytest.mark.parametrize("size", ["mamba1_odd", "mamba2_two_groups"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mass_with_long_memory_and_a_reset(oracle, size, dtype):
+    inputs = arguments(oracle, size) | {"delta_limits": (0.0, float("inf"))}
+    inputs["A"][: len(inputs["A"]) // 2] = -1e-6
+    inputs["delta"][:, 2000] = 1e4
+    inputs = oracle.cast(inputs, dtype, NARROW)
+    emit = Emit(("mass", "mass_distance"), tokens=(0, 1, 63, 1999, 2000, 2001, 4095))
+    exact, naive = scans(oracle, inputs, emit)
+    found = oracle.by_name(selective_scan(**inputs, emit=emit))
+    del found["out"], found["last_state"]
+    print(size, dtype, oracle.errors(found, exact))
+    assert not oracle.violations(found, exact, naive)
+
+
+@pytest.mark.parametrize("size", ["mamba1_odd", "mamba2_two_groups"])
+def test_mass_writes_no_state_sized_tensor(oracle, size):
+    inputs = arguments(oracle, size)
+    peaks = []
+    for names in ((), ("mass", "mass_distance")):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        found = selective_scan(**inputs, emit=Emit(names))
+        torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        del found
+    batch, token, head = inputs["delta"].shape
+    one = 4 * batch * token * head
+    assert peaks[1] - peaks[0] < 0.2 * one * inputs["B"].shape[-1]
+
+
 @pytest.mark.parametrize("name", ["delta", "A", "x", "B"])
 def test_nan_passes(oracle, name):
     inputs = oracle.draw("mamba", 1, 4, device="cuda")

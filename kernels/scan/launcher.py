@@ -1,0 +1,58 @@
+"""Launching a kernel: Triton is asked once which of a kernel's versions fits, and not again.
+
+That question costs more time on the host than a short sequence takes on the device: with fifty arguments, tens of
+microseconds a launch.
+"""
+
+from collections.abc import Hashable
+from typing import Any
+
+import triton
+
+__all__ = ["blocks", "padded", "start"]
+
+LIMIT = 4096
+"""Versions remembered; then all are forgotten, and asked for again."""
+
+PLAIN = (int, float, bool, tuple, type(None))
+"""Classes of arguments that are no tensors."""
+
+_chosen: dict[Hashable, Any] = {}
+
+
+def blocks(n: int, size: int) -> int:
+    """How many blocks of `size` cover n; Triton's own `cdiv` costs microseconds a call on the host.
+
+    >>> blocks(9, 4)
+    3
+    """
+    return -(-n // size)
+
+
+def padded(n: int) -> int:
+    """The least power of two from n on.
+
+    >>> padded(9)
+    16
+    """
+    return 1 << (n - 1).bit_length()
+
+
+def start(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **options: Any) -> None:
+    """Run `kernel` with all its arguments in order, constexpr ones too, and options such as num_warps.
+
+    What Triton's choice depends on is a tensor's dtype and alignment, and the other arguments themselves.
+    """
+    if not isinstance(kernel, triton.JITFunction):  # interpreted
+        kernel[grid](*arguments, **options)
+        return
+    driver: Any = triton.runtime.driver.active
+    kinds = tuple([a if a.__class__ in PLAIN else (a.dtype, a.data_ptr() % 16) for a in arguments])
+    key = kernel.fn, driver.get_current_device(), kinds, tuple(options.items())
+    version = _chosen.get(key)
+    if version is None:
+        if len(_chosen) >= LIMIT:
+            _chosen.clear()
+        _chosen[key] = kernel[grid](*arguments, **options)
+    else:
+        version[grid](*arguments)

@@ -1,0 +1,239 @@
+"""mass and mass_distance: a recurrence over tokens of its own, which needs neither x nor h. Real A.
+
+A program keeps m and d of BLOCK_R heads, of one group and one batch item, in registers and walks over the tokens of one
+chunk, BLOCK_T at a time:
+
+    m_t = A_bar_t m_{t-1} + |B_bar_t|                  mass_t          = sum_n |C_t| m_t
+    d_t = A_bar_t (d_{t-1} + m_{t-1})                  mass_distance_t = sum_n |C_t| d_t / mass_t
+
+With several chunks the kernel runs twice: with LOCAL for every chunk but the last, from nothing, which leaves its m
+and d and the log2 of its whole decay; then for every chunk, from what the chunks before it left, in order: beside what
+it adds itself, a chunk of L tokens and decay a takes (m, d) to (a m, a (d + L m)).
+
+Nothing is computed after the last token asked for, nor of a block of heads of which none is asked for.
+"""
+
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mamba_probe.kernels.scan.arguments import Arguments
+from mamba_probe.kernels.scan.elementwise import LOG2E, decay, phi1, step_size
+from mamba_probe.kernels.scan.fused import REGISTERS, SHORTEST, WARPS, multiprocessors
+from mamba_probe.kernels.scan.launcher import blocks, padded, start
+from mamba_probe.kernels.scan.rows import columns, from_columns, slices
+
+__all__ = ["Tile", "choose_tile", "launch", "mass_kernel"]
+
+
+@triton.jit
+def _load_tokens(p, strides, o_v, m_v, t, stop, BLOCK_T: tl.constexpr):
+    """B or C of BLOCK_T tokens from t on, as they came: tiles (4, high, low)."""
+    tiles = ()
+    for j in tl.static_range(BLOCK_T // 4):
+        o_four = (t + 4 * j + tl.arange(0, 4)).to(tl.int64)[:, None, None]
+        tiles = tiles + (tl.load(p + o_four * strides[1] + o_v * strides[3], mask=(o_four < stop) & m_v, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def _step(b_m, b_d, b_delta, b_A, b_B, b_log, i_start, FAR: tl.constexpr, ZOH: tl.constexpr, NARROW: tl.constexpr):
+    """One token: the new m and d, and log2 of the decay; b_A is A log2(e)."""
+    b_log2 = b_delta * b_A
+    b_write = tl.abs(b_delta) * b_B
+    if ZOH:
+        b_write *= phi1(b_log2 * (1.0 / LOG2E), tl.exp2(b_log2))
+    if b_log is not None:
+        b_log2 = b_log * LOG2E
+    if i_start is not None:
+        b_log2 = tl.where(i_start != 0, -float("inf"), b_log2)
+    b_a = decay(b_log2, NARROW)
+    b_kept = b_a * b_m
+    if FAR:
+        b_d = b_a * b_d + b_kept
+    return b_kept + b_write, b_d, b_log2
+
+
+@triton.jit
+def mass_kernel(
+    p_delta, p_A, p_B, p_C, p_bias, p_starts, p_log, p_decay, p_m, p_d, p_token_slot, p_head_slot, e_mass, e_distance,
+    delta_strides, B_strides, C_strides, log_strides, n_token, n_seen, n_chunk, chunk, n_kept_token,
+    H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, KEPT_HEAD: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
+    FAR: tl.constexpr, SOFTPLUS: tl.constexpr, MIN: tl.constexpr, MAX: tl.constexpr, ZOH: tl.constexpr,
+    NARROW: tl.constexpr,
+):  # fmt: skip
+    """Grid: blocks of heads x chunks x (batch x group). A state is (high, low), low contiguous in memory."""
+    LOCAL: tl.constexpr = p_C is None
+    dtype: tl.constexpr = p_A.dtype.element_ty
+    i_chunk = tl.program_id(1)
+    i_batch = (tl.program_id(2) // G).to(tl.int64)
+    i_group = tl.program_id(2) % G
+    o_local = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    o_head = (i_group * (H // G) + o_local).to(tl.int64)
+    o_token = tl.arange(0, BLOCK_T)
+    o_v = tl.arange(0, HIGH)[None, :, None] * LOW + tl.arange(0, LOW)[None, None, :]
+    m_v = o_v < N
+    m_row = o_local < H // G
+    b_slot = o_head
+    if p_head_slot is not None:
+        b_slot = tl.load(p_head_slot + o_head, mask=m_row, other=-1).to(tl.int64)
+        m_row = m_row & (b_slot >= 0)
+    m_state = m_row[:, None, None] & m_v
+    start = i_chunk * chunk
+    stop = tl.where(tl.sum(m_row.to(tl.int32), 0) > 0, tl.minimum(start + chunk, n_seen), start)
+    o_state = o_head[:, None, None] * N + o_v
+    b_A = tl.load(p_A + o_state, mask=m_state, other=0.0) * LOG2E
+    b_bias = 0.0 if p_bias is None else tl.load(p_bias + o_head, mask=m_row, other=0.0)[:, None]
+    p_B += i_batch * B_strides[0] + i_group * B_strides[2]
+    if p_C is not None:
+        p_C += i_batch * C_strides[0] + i_group * C_strides[2]
+    p_delta += i_batch * delta_strides[0]
+    o_delta = o_head[:, None] * delta_strides[2]
+    if p_log is not None:
+        p_log += i_batch * log_strides[0]
+        o_log = o_head[:, None, None] * log_strides[2] + o_v * log_strides[3]
+
+    # what the chunks before this one left
+    b_m = tl.zeros((BLOCK_R, HIGH, LOW), dtype)
+    b_d = tl.zeros((BLOCK_R, HIGH, LOW), dtype)
+    b_whole = tl.zeros((BLOCK_R, HIGH, LOW), dtype)
+    if not LOCAL and p_m is not None:
+        for i_earlier in tl.range(0, i_chunk, loop_unroll_factor=4):
+            o_left = (i_batch * (n_chunk - 1) + i_earlier) * (H * N) + o_state
+            b_a = decay(tl.load(p_decay + o_left, mask=m_state, other=0.0), NARROW)
+            if FAR:
+                b_d = b_a * (b_d + b_m * chunk) + tl.load(p_d + o_left, mask=m_state, other=0.0)
+            b_m = b_a * b_m + tl.load(p_m + o_left, mask=m_state, other=0.0)
+
+    # the first block; what is loaded in the loop belongs to the next
+    o_next = (start + o_token).to(tl.int64)[None, :]
+    m_next = m_row[:, None] & (o_next < stop)
+    n_raw = tl.load(p_delta + o_delta + o_next * delta_strides[1], mask=m_next, other=0.0)
+    n_B = _load_tokens(p_B, B_strides, o_v, m_v, start, stop, BLOCK_T)
+    n_C = n_B if LOCAL else _load_tokens(p_C, C_strides, o_v, m_v, start, stop, BLOCK_T)
+    for t in range(start, stop, BLOCK_T):
+        m_now = m_next
+        b_delta = tl.where(m_now, step_size(n_raw.to(dtype) + b_bias, SOFTPLUS, MIN, MAX), 0.0)
+        b_Bs = n_B
+        b_Cs = n_C
+        o_next += BLOCK_T
+        m_next = m_row[:, None] & (o_next < stop)
+        n_raw = tl.load(p_delta + o_delta + o_next * delta_strides[1], mask=m_next, other=0.0)
+        n_B = _load_tokens(p_B, B_strides, o_v, m_v, t + BLOCK_T, stop, BLOCK_T)
+        n_C = n_B if LOCAL else _load_tokens(p_C, C_strides, o_v, m_v, t + BLOCK_T, stop, BLOCK_T)
+        deltas = columns(b_delta)
+        masses = ()
+        fars = ()
+        for j in tl.static_range(BLOCK_T // 4):
+            b_four = tl.abs(b_Bs[j].to(dtype))
+            if not LOCAL:
+                b_four = tl.join(b_four, tl.abs(b_Cs[j].to(dtype)))  # one way through shared memory for both
+            BCs = slices(b_four)
+            for u in tl.static_range(4):
+                i_token = tl.minimum(t + 4 * j + u, stop - 1).to(tl.int64)
+                b_log = None
+                if p_log is not None:
+                    b_log = tl.load(p_log + i_token * log_strides[1] + o_log, mask=m_state, other=0.0).to(dtype)
+                i_start = None
+                if p_starts is not None:
+                    i_start = tl.load(p_starts + i_batch * n_token + i_token)
+                if LOCAL:
+                    b_B = BCs[u]
+                else:
+                    b_B, b_C = tl.split(BCs[u])
+                b_delta_t = deltas[4 * j + u][:, None, None]
+                b_m, b_d, b_log2 = _step(b_m, b_d, b_delta_t, b_A, b_B, b_log, i_start, FAR, ZOH, NARROW)
+                if LOCAL:
+                    b_whole += b_log2
+                else:
+                    masses = masses + (tl.sum(tl.sum(b_m * b_C, axis=2), axis=1),)
+                    if FAR:
+                        fars = fars + (tl.sum(tl.sum(b_d * b_C, axis=2), axis=1),)
+        if not LOCAL:
+            b_token = t + o_token
+            m_kept = m_now
+            if p_token_slot is not None:
+                b_token = tl.load(p_token_slot + t + o_token, mask=t + o_token < stop, other=-1)
+                m_kept = m_now & (b_token >= 0)[None, :]
+            o_kept = (i_batch * n_kept_token + b_token.to(tl.int64))[None, :] * KEPT_HEAD + b_slot[:, None]
+            b_mass = from_columns(masses)
+            if e_mass is not None:
+                tl.store(e_mass + o_kept, b_mass, mask=m_kept)
+            if FAR:
+                tl.store(e_distance + o_kept, from_columns(fars) / b_mass, mask=m_kept)
+
+    if LOCAL:
+        o_left = (i_batch * (n_chunk - 1) + i_chunk) * (H * N) + o_state
+        tl.store(p_decay + o_left, b_whole, mask=m_state)
+        tl.store(p_m + o_left, b_m, mask=m_state)
+        if FAR:
+            tl.store(p_d + o_left, b_d, mask=m_state)
+
+
+class Tile(NamedTuple):
+    """What one program does: heads and tokens of a block, chunks of a sequence."""
+
+    heads: int
+    tokens: int
+    chunks: int
+
+
+def choose_tile(a: Arguments) -> Tile:
+    """A program is a warp whose threads have 8 states, or 4 where that fills the card; else chunks of tokens fill it.
+
+    Blocks are shorter where B and C of 8 tokens, loaded ahead, would not fit the registers.
+    """
+    n_state = padded(a.B.shape[3])
+    n_head, sms = a.x.shape[0] * a.x.shape[2], multiprocessors(a.x.device)
+    tokens = 8 if n_state * a.B.dtype.itemsize <= 256 else 4
+    wide, narrow = (max(1, min(32, states * 32 // n_state)) for states in (8, 4))
+    for heads in (wide, narrow):
+        if n_head >= 9 * sms * heads:
+            return Tile(heads, tokens, 1)
+    return Tile(wide, tokens, max(1, min(WARPS * sms * wide // n_head, a.n_token // SHORTEST)))
+
+
+def launch(
+    a: Arguments,
+    emitted: dict[str, Tensor],
+    token_slot: Tensor | None,
+    head_slot: Tensor | None,
+    tile: Tile | None = None,
+) -> None:
+    """Fill mass and mass_distance, whichever is in `emitted`; nothing where neither is."""
+    if "mass" not in emitted and "mass_distance" not in emitted:
+        return
+    n_batch, n_token, n_head, _ = a.x.shape
+    n_group, n_state = a.B.shape[2:]
+    tile = tile or choose_tile(a)
+    n_seen = a.emit.tokens[-1] + 1 if a.emit.tokens else n_token
+    chunk = blocks(blocks(n_token, tile.chunks), tile.tokens) * tile.tokens
+    n_chunk = blocks(n_seen, chunk)
+    n_block, state = blocks(n_head // n_group, tile.heads), padded(n_state)
+    decay = m = d = None
+    if n_chunk > 1:
+        decay, m, d = torch.empty((3, n_batch, n_chunk - 1, n_head, n_state), dtype=a.dtype, device=a.x.device)
+    bias, starts = (None if tensor is None else tensor.contiguous() for tensor in (a.delta_bias, a.starts))
+    A, log_decay = (
+        a.A.expand(-1, n_state).contiguous(),
+        None if a.log_decay is None else a.log_decay.expand(-1, -1, -1, n_state),
+    )
+    for is_local in (True, False) if n_chunk > 1 else (False,):
+        start(
+            mass_kernel, (n_block, n_chunk - is_local, n_batch * n_group),
+            a.delta, A, a.B, None if is_local else a.C, bias, starts, log_decay, decay, m, d, token_slot, head_slot,
+            None if is_local else emitted.get("mass"), None if is_local else emitted.get("mass_distance"),
+            a.delta.stride(), a.B.stride(), a.C.stride(), (a.B if log_decay is None else log_decay).stride(),
+            n_token, n_seen, n_chunk, chunk, n_token if token_slot is None else len(a.emit.tokens or ()),
+            n_head, n_group, n_state, n_head if head_slot is None else len(a.emit.channels or ()),
+            tile.heads, tile.tokens, state // min(4, state), min(4, state), "mass_distance" in emitted,
+            a.delta_softplus, *a.delta_limits, a.discretization == "zoh", a.x.dtype.itemsize == 2,
+            num_warps=1, num_stages=1, maxnreg=REGISTERS, enable_fp_fusion=True,
+        )  # fmt: skip

@@ -1,7 +1,7 @@
 """The selective scan with a decay for each state: A (head, state), real. Mamba-1 is head_channel 1.
 
 With several chunks the kernel runs twice: without C for every chunk but the last, from nothing, which leaves its last
-state and the log2 of its whole decay; then for every chunk, from what the chunks before it left, in order.
+state and its decay; then for every chunk, from what the chunks before it left, in order.
 """
 
 import math
@@ -118,11 +118,14 @@ def launch(
 def _between(
     a: Arguments, n_chunk: int, emitted: dict[str, Tensor]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """What chunks leave for the later ones: log2 of their decay, their last state, and the sum of their delta."""
+    """What chunks leave for the later ones: their decay (the sum of delta, or log2 of every state's), their last state,
+    and the sum of delta in float64 where it is emitted."""
     if not n_chunk:
         return None, None, None
     n_batch, *rest = a.state_shape
-    decay, local = torch.empty((2, n_batch, n_chunk, *rest), dtype=a.dtype, device=a.x.device)
+    local = torch.empty((n_batch, n_chunk, *rest), dtype=a.dtype, device=a.x.device)
+    whole = a.log_decay is not None or a.starts is not None
+    decay = torch.empty_like(local) if whole else torch.empty(local.shape[:-1], dtype=a.dtype, device=a.x.device)
     elapsed = None
     if "delta_cumsum" in emitted:
         elapsed = torch.empty((n_batch, n_chunk, rest[0]), dtype=torch.float64, device=a.x.device)

@@ -5,7 +5,8 @@ registers and walks over the tokens of one chunk, BLOCK_T at a time. What belong
 on a tile, once; B and C of a block of tokens go through shared memory; all of it is loaded one block ahead, in
 registers or, with STAGES above 1, by copies into shared memory that the compiler lays out.
 
-Without C it is LOCAL: it starts from nothing, and leaves a chunk's last state and the log2 of its whole decay.
+Without C it is LOCAL: it starts from nothing, and leaves a chunk's last state and the sum of its delta; where that does
+not tell the decay (log_decay, seq_idx), the log2 of its whole decay.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportGeneralTypeIssues=false
@@ -104,13 +105,17 @@ def _skip_and_gate(b_x, b_D, b_z, NARROW: tl.constexpr):
 
 
 @triton.jit
-def _entering(b_h, p_decay, p_local, i_first, i_chunk, o_row, o_v, m_state, ROWS: tl.constexpr, N: tl.constexpr,
-              NARROW: tl.constexpr):  # fmt: skip
+def _entering(b_h, b_A, p_decay, p_local, i_first, i_chunk, o_row, o_v, m_row, m_state, ROWS: tl.constexpr,
+              N: tl.constexpr, WHOLE: tl.constexpr, NARROW: tl.constexpr):  # fmt: skip
     """The state before a chunk, from what the chunks before it left."""
     for i in tl.range(0, i_chunk, loop_unroll_factor=4):
-        o_whole = ((i_first + i) * ROWS + o_row)[:, None, None] * N + o_v
-        b_decay = decay(_load(p_decay, o_whole, m_state, b_h.dtype), NARROW)
-        b_h = b_decay * b_h + _load(p_local, o_whole, m_state, b_h.dtype)
+        o_left = (i_first + i) * ROWS + o_row
+        o_whole = o_left[:, None, None] * N + o_v
+        if WHOLE:
+            b_log2 = _load(p_decay, o_whole, m_state, b_h.dtype)
+        else:
+            b_log2 = _load(p_decay, o_left, m_row, b_h.dtype)[:, None, None] * b_A
+        b_h = decay(b_log2, NARROW) * b_h + _load(p_local, o_whole, m_state, b_h.dtype)
     return b_h
 
 
@@ -261,7 +266,8 @@ def scan_kernel(
     if not LOCAL and p_local is not None:
         if EARLY and i_chunk > 0:
             tl.extra.cuda.gdc_wait()
-        b_h = _entering(b_h, p_decay, p_local, i_batch * (n_chunk - 1), i_chunk, o_row, o_v, m_state, H * P, N, NARROW)
+        b_h = _entering(b_h, b_A, p_decay, p_local, i_batch * (n_chunk - 1), i_chunk, o_row, o_v, m_row, m_state,
+                        H * P, N, WHOLE, NARROW)  # fmt: skip
 
     for t in tl.range(start, stop, BLOCK_T, num_stages=STAGES):
         m_now = m_next
@@ -356,10 +362,12 @@ def scan_kernel(
         b_skip, b_gate = _skip_and_gate(b_x, b_D, n_z, NARROW)
 
     if LOCAL:
-        o_whole = ((i_batch * (n_chunk - 1) + i_chunk) * (H * P) + o_row)[:, None, None] * N + o_v
-        if not WHOLE:
-            b_whole = tl.sum(b_elapsed, axis=1)[:, None, None] * b_A
-        tl.store(p_decay + o_whole, b_whole, mask=m_state)
+        o_left = (i_batch * (n_chunk - 1) + i_chunk) * (H * P) + o_row
+        o_whole = o_left[:, None, None] * N + o_v
+        if WHOLE:
+            tl.store(p_decay + o_whole, b_whole, mask=m_state)
+        else:
+            tl.store(p_decay + o_left, tl.sum(b_elapsed, axis=1), mask=m_row)
         tl.store(p_local + o_whole, b_h, mask=m_state)
         if p_elapsed is not None:
             p_whole = p_elapsed + (i_batch * (n_chunk - 1) + i_chunk) * H + o_head

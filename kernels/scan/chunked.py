@@ -147,7 +147,7 @@ def scan_kernel(
     n_padded = n_span * span
     p_high = p_steps + i_row * (4 * n_padded)
     p_end = p_high + 3 * n_padded
-    p_fade = p_steps + (n_sequence // N_P).to(tl.int64) * (4 * n_padded) + i_row * (n_padded // BLOCK_T)
+    p_fade = p_steps + tl.cast(n_sequence // N_P, tl.int64) * (4 * n_padded) + i_row * (n_padded // BLOCK_T)
     p_x += i_batch * x_strides[0] + i_head * x_strides[2]
     p_B += i_batch * B_strides[0] + i_group * B_strides[2]
     p_C += i_batch * C_strides[0] + i_group * C_strides[2]

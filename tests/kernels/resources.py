@@ -100,6 +100,7 @@ def main():
     two = cast(draw(None, 1, 512, shape=(8, 64, 128, True)), torch.bfloat16, PER_TOKEN)
     call("chunked bf16", "chunked", two)
     call("chunked bf16 h", "chunked", two, Emit(("h",), dtype=torch.bfloat16))
+    call("chunked fp32, one sequence", "chunked", draw(None, 1, 16, shape=(1, 16, 16, True)))  # sizes of 1 compile in
     chunked.PROGRAMS = 1
     call("chunked bf16, in rounds", "chunked", two, tile=chunked.Tile(64, 64, 2))
 

@@ -28,10 +28,10 @@ class Arguments:
     """Checked arguments of one scan; shapes as in `selective_scan`, but for what is brought into one form here.
 
     x, z, delta, B, C and log_decay keep the dtype they came in. A, D (head, head_channel), delta_bias and
-    given_state (None when none was given) have the compute `dtype`, or its complex counterpart. A is (head, state),
-    or (head, 1) where it came as (head,): `scalar_A`; log_decay is (batch, token, head, state or 1). B and C are
-    (batch, token, group, state); those that came as (group, state) are named in `constant` and take no memory.
-    starts (batch, token, 1, 1) says where seq_idx changes, never at the call's first token.
+    given_state (None when none was given) have the compute `dtype`, or its complex counterpart, and all but D are
+    contiguous. A is (head, state), or (head, 1) where it came as (head,): `scalar_A`; log_decay is (batch, token, head,
+    state or 1). B and C are (batch, token, group, state); those that came as (group, state) are named in `constant` and
+    take no memory. starts (batch, token, 1, 1) says where seq_idx changes, never at the call's first token.
     """
 
     x: Tensor
@@ -70,6 +70,12 @@ class Arguments:
     def n_token(self) -> int:
         """Tokens in this call."""
         return self.x.shape[1]
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """How many tokens and heads are emitted."""
+        tokens, heads = self.emit.tokens, self.emit.channels
+        return self.n_token if tokens is None else len(tokens), self.x.shape[2] if heads is None else len(heads)
 
     @property
     def heads_per_group(self) -> int:
@@ -118,12 +124,12 @@ def check(
     return Arguments(
         x=x,
         delta=delta,
-        A=A.to(state_dtype).reshape(len(A), -1),
+        A=A.to(state_dtype).reshape(len(A), -1).contiguous(),
         B=B if B.ndim == 4 else B.expand(*x.shape[:2], -1, -1),
         C=C if C.ndim == 4 else C.expand(*x.shape[:2], -1, -1),
         D=None if D is None else D.to(dtype).reshape(*D.shape, *[1] * (2 - D.ndim)).expand(x.shape[2:]),
         z=z,
-        delta_bias=None if delta_bias is None else delta_bias.to(dtype),
+        delta_bias=None if delta_bias is None else delta_bias.to(dtype).contiguous(),
         delta_softplus=bool(delta_softplus),
         delta_limits=_limits(delta_limits),
         given_state=None if initial_state is None else initial_state.to(state_dtype).contiguous(),

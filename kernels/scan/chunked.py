@@ -262,15 +262,6 @@ class _Work(NamedTuple):
     span: int
 
     @property
-    def kept(self) -> tuple[int, int]:
-        """Emitted tokens and heads."""
-        a, (tokens, heads) = self.arguments, self.slots
-        return (
-            a.n_token if tokens is None else len(a.emit.tokens or ()),
-            a.x.shape[2] if heads is None else len(a.emit.channels or ()),
-        )
-
-    @property
     def sizes(self) -> tuple[int, int, int, int]:
         """head, head_channel, group, state."""
         (_, _, n_head, head_channel), (_, _, n_group, n_state) = self.arguments.x.shape, self.arguments.B.shape
@@ -311,7 +302,7 @@ def launch(
         a.x, a.B, a.C, a.D, a.z, steps, a.given_state, handed, flag,
         out, last, boundary, token_slot, head_slot, emitted.get("y"),
         *map(_strides, (a.x, a.B, a.C)), (0, 0) if a.D is None else a.D.stride(), _strides(a.z),
-        n_token, sequences, work.spans, span, *work.kept, *work.sizes, tile.tokens, tile.channels, block_n, BOUNDARY,
+        n_token, sequences, work.spans, span, *a.kept, *work.sizes, tile.tokens, tile.channels, block_n, BOUNDARY,
         1 < work.spans <= PROGRAMS // sequences, COMPILED and a.dtype == torch.float32,
         a.x.dtype != torch.bfloat16 or "y" in emitted,
         num_warps=tile.warps, num_stages=tile.stages, **({} if tile.registers is None else {"maxnreg": tile.registers}),
@@ -332,7 +323,7 @@ def _find_steps(work: _Work, flag: Tensor | None) -> tuple[Tensor, Tensor | None
         steps_kernel, (n_chunk, blocks(n_head, heads), n_batch),
         a.delta, a.A, a.delta_bias, starts, a.log_decay, steps, tokens, flag, *work.slots,
         work.emitted.get("delta"), work.emitted.get("A_bar"), _strides(a.delta), _strides(a.log_decay),
-        n_token, n_chunk, *work.kept, n_head, 1 if flag is None else len(flag), chunk, heads,
+        n_token, n_chunk, *a.kept, n_head, 1 if flag is None else len(flag), chunk, heads,
         a.delta_softplus, *a.delta_limits, a.discretization == "zoh", num_warps=4,
     )  # fmt: skip
     return steps, tokens
@@ -341,7 +332,7 @@ def _find_steps(work: _Work, flag: Tensor | None) -> tuple[Tensor, Tensor | None
 def _emit_tokens(work: _Work, tokens: Tensor, boundary: Tensor | None) -> None:
     """What is emitted of every token by the kernels of `states`."""
     a, emitted, (n_head, head_channel, n_group, n_state) = work.arguments, work.emitted, work.sizes
-    lengths = a.n_token, tokens.shape[2], *work.kept
+    lengths = a.n_token, tokens.shape[2], *a.kept
     block_n = padded(n_state)
     if boundary is not None:
         channels = min(STATES, padded(head_channel))

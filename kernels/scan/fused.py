@@ -94,13 +94,13 @@ def launch(
     n_block = blocks(n_head // n_group * head_channel, tile.rows)
     state = padded(n_state)
     low = min(tile.low, state)
-    kept_head = n_head if head_slot is None else len(a.emit.channels or ())
-    inputs = a.x, a.delta, _dense(a.A), a.B
-    more = _dense(a.D), a.z, _dense(a.delta_bias), _dense(a.starts), _dense(a.log_decay), a.given_state
+    kept_token, kept_head = a.kept
+    inputs = a.x, a.delta, a.A, a.B
+    more = _dense(a.D), a.z, a.delta_bias, _dense(a.starts), _dense(a.log_decay), a.given_state
     outputs = *_between(a, n_chunk - 1, emitted), out, last, token_slot, head_slot
     sizes = (
         a.x.stride(), a.delta.stride(), a.B.stride(), a.C.stride(), (a.x if a.z is None else a.z).stride(),
-        n_token, n_chunk, chunk, n_token if token_slot is None else len(a.emit.tokens or ()),
+        n_token, n_chunk, chunk, kept_token,
         n_head, head_channel, n_group, n_state, kept_head, tile.rows, tile.tokens, state // low, low,
         a.delta_softplus, *a.delta_limits, a.discretization == "zoh",
     )  # fmt: skip

@@ -62,9 +62,7 @@ def buffers(a: Arguments) -> dict[str, Tensor]:
     """Uninitialised outputs of what was asked for; B and C are inputs and need none."""
     if not a.emit.variables:
         return {}
-    n_batch, n_token, n_head, head_channel = a.x.shape
-    kept = n_batch, _size(a.emit.tokens, n_token), _size(a.emit.channels, n_head)
-    state = a.B.shape[3]
+    head_channel, state = a.x.shape[3], a.B.shape[3]
     tails = {
         "delta": (),
         "delta_cumsum": (),
@@ -79,7 +77,7 @@ def buffers(a: Arguments) -> dict[str, Tensor]:
     dtypes = dict.fromkeys(tails, a.dtype) | {"delta_cumsum": torch.float64}
     dtypes |= dict.fromkeys(STATE_SIZED, a.emit.dtype or a.dtype)
     return {
-        name: torch.empty((*kept, *tail), dtype=dtypes[name], device=a.x.device)
+        name: torch.empty((len(a.x), *a.kept, *tail), dtype=dtypes[name], device=a.x.device)
         for name, tail in tails.items()
         if name in a.emit.variables
     }
@@ -92,7 +90,3 @@ def _slots(indices: Sequence[int] | None, size: int, device: torch.device) -> Te
     slots = torch.full((size,), -1, dtype=torch.int32)
     slots[list(indices)] = torch.arange(len(indices), dtype=torch.int32)
     return slots.to(device)
-
-
-def _size(indices: Sequence[int] | None, size: int) -> int:
-    return size if indices is None else len(indices)

@@ -216,11 +216,12 @@ def launch(
     n_seen = a.emit.tokens[-1] + 1 if a.emit.tokens else n_token
     chunk = blocks(blocks(n_token, tile.chunks), tile.tokens) * tile.tokens
     n_chunk = blocks(n_seen, chunk)
+    kept_token, kept_head = a.kept
     n_block, state = blocks(n_head // n_group, tile.heads), padded(n_state)
     decay = m = d = None
     if n_chunk > 1:
         decay, m, d = torch.empty((3, n_batch, n_chunk - 1, n_head, n_state), dtype=a.dtype, device=a.x.device)
-    bias, starts = (None if tensor is None else tensor.contiguous() for tensor in (a.delta_bias, a.starts))
+    starts = None if a.starts is None else a.starts.contiguous()
     A, log_decay = (
         a.A.expand(-1, n_state).contiguous(),
         None if a.log_decay is None else a.log_decay.expand(-1, -1, -1, n_state),
@@ -228,11 +229,10 @@ def launch(
     for is_local in (True, False) if n_chunk > 1 else (False,):
         start(
             mass_kernel, (n_block, n_chunk - is_local, n_batch * n_group),
-            a.delta, A, a.B, None if is_local else a.C, bias, starts, log_decay, decay, m, d, token_slot, head_slot,
-            None if is_local else emitted.get("mass"), None if is_local else emitted.get("mass_distance"),
+            a.delta, A, a.B, None if is_local else a.C, a.delta_bias, starts, log_decay, decay, m, d,
+            token_slot, head_slot, *(None if is_local else emitted.get(name) for name in ("mass", "mass_distance")),
             a.delta.stride(), a.B.stride(), a.C.stride(), (a.B if log_decay is None else log_decay).stride(),
-            n_token, n_seen, n_chunk, chunk, n_token if token_slot is None else len(a.emit.tokens or ()),
-            n_head, n_group, n_state, n_head if head_slot is None else len(a.emit.channels or ()),
+            n_token, n_seen, n_chunk, chunk, kept_token, n_head, n_group, n_state, kept_head,
             tile.heads, tile.tokens, state // min(4, state), min(4, state), "mass_distance" in emitted,
             a.delta_softplus, *a.delta_limits, a.discretization == "zoh", a.x.dtype.itemsize == 2,
             num_warps=1, num_stages=1, maxnreg=REGISTERS, enable_fp_fusion=True,

@@ -102,6 +102,16 @@ def handover(features, spans, programs, state):
     assert not broken, (features, spans, programs, broken)
 
 
+def strided(family):
+    """A and the bias with any strides, as an expanded or a sliced parameter has them."""
+    arguments = draw(family, 1, 9)
+    expected = triton(arguments)
+    for name in ("A", "delta_bias"):
+        arguments[name] = torch.stack([arguments[name], torch.full_like(arguments[name], -7.0)], -1)[..., 0]
+        assert not arguments[name].is_contiguous()
+    assert all(torch.equal(value, expected[name]) for name, value in triton(arguments).items())
+
+
 def rounded(family):
     """Emit.dtype rounds what has a state axis, and only that."""
     arguments, states = draw(family, 1, 9), ("A_bar", "B_bar", "h")
@@ -137,7 +147,7 @@ def main():
     cases = [(bound, family, 2, token, 2) for family in SHAPES for token in (1, 3, 65)]
     cases += [(bound, family, 3, 64, 1) for family in ("mamba", "mamba2")]
     cases += [(bound, family, 1, 257, 1) for family in ("mamba", "mamba2")]
-    cases += [(check, family) for check in (double, plain, narrow, selection_and_split) for family in SHAPES]
+    cases += [(check, family) for check in (double, plain, narrow, strided, selection_and_split) for family in SHAPES]
     cases += [(block, *row) for row in PAIRWISE] + [(rounded, family) for family in SHAPES]
     cases += [(handover, *row) for row in SPANS]
     cases += [(small_delta,), (nan_passes, "delta"), (nan_passes, "A")]

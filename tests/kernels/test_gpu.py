@@ -134,9 +134,11 @@ def test_any_length_and_state(oracle, token, state):
 
 @pytest.mark.parametrize("size", ["mamba1_wide", "mamba2_one_group"])
 def test_any_strides(oracle, size):
-    """transformers' (batch, channel, token), and what a split leaves."""
+    """transformers' (batch, channel, token), what a split leaves, and sliced parameters."""
     inputs = arguments(oracle, size)
     expected = selective_scan(**inputs)
+    for name in ("A", "delta_bias"):
+        inputs[name] = torch.stack([inputs[name], torch.full_like(inputs[name], -7.0)], -1)[..., 0]
     for name in ("x", "delta", "z"):
         inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
     wide = torch.cat([inputs["B"], inputs["C"]], -1)

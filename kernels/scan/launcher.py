@@ -47,7 +47,8 @@ def start(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **options: A
         kernel[grid](*arguments, **options)
         return
     driver: Any = triton.runtime.driver.active
-    kinds = tuple([a if a.__class__ in PLAIN else (a.dtype, a.data_ptr() % 16) for a in arguments])
+    places = [a if a.__class__ in PLAIN else a.data_ptr() for a in arguments]
+    kinds = tuple([p if a is p else (a.dtype, p % 16) for a, p in zip(arguments, places, strict=True)])
     key = kernel.fn, driver.get_current_device(), kinds, tuple(options.items())
     version = _chosen.get(key)
     if version is None:
@@ -55,4 +56,4 @@ def start(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **options: A
             _chosen.clear()
         _chosen[key] = kernel[grid](*arguments, **options)
     else:
-        version[grid](*arguments)
+        version[grid](*places)  # of a tensor, the driver would be asked where it lies

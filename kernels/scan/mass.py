@@ -10,6 +10,7 @@ With several chunks the kernel runs twice: with LOCAL for every chunk but the la
 and d and the log2 of its whole decay; then for every chunk, from what the chunks before it left, in order: beside what
 it adds itself, a chunk of L tokens and decay a takes (m, d) to (a m, a (d + L m)).
 
+All terms are positive, and what a decay errs alike from token to token adds up: decays are exact near 1 whatever came in.
 Nothing is computed after the last token asked for, nor of a block of heads of which none is asked for.
 """
 
@@ -43,7 +44,7 @@ def _load_tokens(p, strides, o_v, m_v, t, stop, BLOCK_T: tl.constexpr):
 
 
 @triton.jit
-def _step(b_m, b_d, b_delta, b_A, b_B, b_log, i_start, FAR: tl.constexpr, ZOH: tl.constexpr, NARROW: tl.constexpr):
+def _step(b_m, b_d, b_delta, b_A, b_B, b_log, i_start, FAR: tl.constexpr, ZOH: tl.constexpr):
     """One token: the new m and d, and log2 of the decay; b_A is A log2(e)."""
     b_log2 = b_delta * b_A
     b_write = tl.abs(b_delta) * b_B
@@ -53,7 +54,7 @@ def _step(b_m, b_d, b_delta, b_A, b_B, b_log, i_start, FAR: tl.constexpr, ZOH: t
         b_log2 = b_log * LOG2E
     if i_start is not None:
         b_log2 = tl.where(i_start != 0, -float("inf"), b_log2)
-    b_a = decay(b_log2, NARROW)
+    b_a = decay(b_log2)
     b_kept = b_a * b_m
     if FAR:
         b_d = b_a * b_d + b_kept
@@ -64,12 +65,12 @@ def _step(b_m, b_d, b_delta, b_A, b_B, b_log, i_start, FAR: tl.constexpr, ZOH: t
 def mass_kernel(
     p_delta, p_A, p_B, p_C, p_bias, p_starts, p_log, p_decay, p_m, p_d, p_token_slot, p_head_slot, e_mass, e_distance,
     delta_strides, B_strides, C_strides, log_strides, n_token, n_seen, n_chunk, chunk, n_kept_token,
-    H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, KEPT_HEAD: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, DECAYS: tl.constexpr, KEPT_HEAD: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
     FAR: tl.constexpr, SOFTPLUS: tl.constexpr, MIN: tl.constexpr, MAX: tl.constexpr, ZOH: tl.constexpr,
-    NARROW: tl.constexpr,
 ):  # fmt: skip
-    """Grid: blocks of heads x chunks x (batch x group). A state is (high, low), low contiguous in memory."""
+    """Grid: blocks of heads x chunks x (batch x group). A state is (high, low), low contiguous in memory. A head has
+    DECAYS decays, N or one for all its states."""
     LOCAL: tl.constexpr = p_C is None
     dtype: tl.constexpr = p_A.dtype.element_ty
     i_chunk = tl.program_id(1)
@@ -89,7 +90,12 @@ def mass_kernel(
     start = i_chunk * chunk
     stop = tl.where(tl.sum(m_row.to(tl.int32), 0) > 0, tl.minimum(start + chunk, n_seen), start)
     o_state = o_head[:, None, None] * N + o_v
-    b_A = tl.load(p_A + o_state, mask=m_state, other=0.0) * LOG2E
+    o_decay = o_head[:, None, None]
+    m_decay = m_row[:, None, None]
+    if DECAYS > 1:
+        o_decay = o_state
+        m_decay = m_state
+    b_A = tl.load(p_A + o_decay, mask=m_decay, other=0.0) * LOG2E
     b_bias = 0.0 if p_bias is None else tl.load(p_bias + o_head, mask=m_row, other=0.0)[:, None]
     p_B += i_batch * B_strides[0] + i_group * B_strides[2]
     if p_C is not None:
@@ -98,16 +104,19 @@ def mass_kernel(
     o_delta = o_head[:, None] * delta_strides[2]
     if p_log is not None:
         p_log += i_batch * log_strides[0]
-        o_log = o_head[:, None, None] * log_strides[2] + o_v * log_strides[3]
+        o_log = o_head[:, None, None] * log_strides[2]
+        if DECAYS > 1:
+            o_log += o_v * log_strides[3]
 
     # what the chunks before this one left
     b_m = tl.zeros((BLOCK_R, HIGH, LOW), dtype)
     b_d = tl.zeros((BLOCK_R, HIGH, LOW), dtype)
-    b_whole = tl.zeros((BLOCK_R, HIGH, LOW), dtype)
+    b_whole = tl.zeros(b_A.shape, dtype)
     if not LOCAL and p_m is not None:
         for i_earlier in tl.range(0, i_chunk, loop_unroll_factor=4):
-            o_left = (i_batch * (n_chunk - 1) + i_earlier) * (H * N) + o_state
-            b_a = decay(tl.load(p_decay + o_left, mask=m_state, other=0.0), NARROW)
+            i_left = i_batch * (n_chunk - 1) + i_earlier
+            b_a = decay(tl.load(p_decay + i_left * (H * DECAYS) + o_decay, mask=m_decay, other=0.0))
+            o_left = i_left * (H * N) + o_state
             if FAR:
                 b_d = b_a * (b_d + b_m * chunk) + tl.load(p_d + o_left, mask=m_state, other=0.0)
             b_m = b_a * b_m + tl.load(p_m + o_left, mask=m_state, other=0.0)
@@ -140,7 +149,7 @@ def mass_kernel(
                 i_token = tl.minimum(t + 4 * j + u, stop - 1).to(tl.int64)
                 b_log = None
                 if p_log is not None:
-                    b_log = tl.load(p_log + i_token * log_strides[1] + o_log, mask=m_state, other=0.0).to(dtype)
+                    b_log = tl.load(p_log + i_token * log_strides[1] + o_log, mask=m_decay, other=0.0).to(dtype)
                 i_start = None
                 if p_starts is not None:
                     i_start = tl.load(p_starts + i_batch * n_token + i_token)
@@ -149,7 +158,7 @@ def mass_kernel(
                 else:
                     b_B, b_C = tl.split(BCs[u])
                 b_delta_t = deltas[4 * j + u][:, None, None]
-                b_m, b_d, b_log2 = _step(b_m, b_d, b_delta_t, b_A, b_B, b_log, i_start, FAR, ZOH, NARROW)
+                b_m, b_d, b_log2 = _step(b_m, b_d, b_delta_t, b_A, b_B, b_log, i_start, FAR, ZOH)
                 if LOCAL:
                     b_whole += b_log2
                 else:
@@ -170,8 +179,9 @@ def mass_kernel(
                 tl.store(e_distance + o_kept, from_columns(fars) / b_mass, mask=m_kept)
 
     if LOCAL:
-        o_left = (i_batch * (n_chunk - 1) + i_chunk) * (H * N) + o_state
-        tl.store(p_decay + o_left, b_whole, mask=m_state)
+        i_left = i_batch * (n_chunk - 1) + i_chunk
+        o_left = i_left * (H * N) + o_state
+        tl.store(p_decay + i_left * (H * DECAYS) + o_decay, b_whole, mask=m_decay)
         tl.store(p_m + o_left, b_m, mask=m_state)
         if FAR:
             tl.store(p_d + o_left, b_d, mask=m_state)
@@ -220,20 +230,17 @@ def launch(
     n_block, state = blocks(n_head // n_group, tile.heads), padded(n_state)
     decay = m = d = None
     if n_chunk > 1:
-        decay, m, d = torch.empty((3, n_batch, n_chunk - 1, n_head, n_state), dtype=a.dtype, device=a.x.device)
+        m, d = torch.empty((2, n_batch, n_chunk - 1, n_head, n_state), dtype=a.dtype, device=a.x.device)
+        decay = m.new_empty((n_batch, n_chunk - 1, *a.A.shape))
     starts = None if a.starts is None else a.starts.contiguous()
-    A, log_decay = (
-        a.A.expand(-1, n_state).contiguous(),
-        None if a.log_decay is None else a.log_decay.expand(-1, -1, -1, n_state),
-    )
     for is_local in (True, False) if n_chunk > 1 else (False,):
         start(
             mass_kernel, (n_block, n_chunk - is_local, n_batch * n_group),
-            a.delta, A, a.B, None if is_local else a.C, a.delta_bias, starts, log_decay, decay, m, d,
+            a.delta, a.A, a.B, None if is_local else a.C, a.delta_bias, starts, a.log_decay, decay, m, d,
             token_slot, head_slot, *(None if is_local else emitted.get(name) for name in ("mass", "mass_distance")),
-            a.delta.stride(), a.B.stride(), a.C.stride(), (a.B if log_decay is None else log_decay).stride(),
-            n_token, n_seen, n_chunk, chunk, kept_token, n_head, n_group, n_state, kept_head,
+            a.delta.stride(), a.B.stride(), a.C.stride(), (a.B if a.log_decay is None else a.log_decay).stride(),
+            n_token, n_seen, n_chunk, chunk, kept_token, n_head, n_group, n_state, a.A.shape[1], kept_head,
             tile.heads, tile.tokens, state // min(4, state), min(4, state), "mass_distance" in emitted,
-            a.delta_softplus, *a.delta_limits, a.discretization == "zoh", a.x.dtype.itemsize == 2,
+            a.delta_softplus, *a.delta_limits, a.discretization == "zoh",
             num_warps=1, num_stages=1, maxnreg=REGISTERS, enable_fp_fusion=True,
         )  # fmt: skip

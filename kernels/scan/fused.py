@@ -16,7 +16,7 @@ from mamba_probe.kernels.scan.arguments import Arguments
 from mamba_probe.kernels.scan.fused_kernel import scan_kernel
 from mamba_probe.kernels.scan.launcher import blocks, padded, start
 
-__all__ = ["Tile", "choose_tile", "launch", "scan_kernel"]
+__all__ = ["SEGMENT", "Tile", "choose_tile", "dense", "launch", "multiprocessors", "scan_kernel"]
 
 NARROW = torch.bfloat16, torch.float16
 
@@ -30,6 +30,9 @@ EMITTED = ("delta", "delta_cumsum", "A_bar", "B_bar", "h", "y", "energy")
 
 SHORTEST = 64
 """Tokens of a chunk, at least."""
+
+SEGMENT = 64
+"""Tokens from one state that is saved for the backward to the next."""
 
 EARLY = isinstance(scan_kernel, triton.JITFunction)
 """The second pass is launched while the first still runs, and waits where it needs it."""
@@ -84,11 +87,15 @@ def launch(
     token_slot: Tensor | None,
     head_slot: Tensor | None,
     tile: Tile | None = None,
+    states: Tensor | None = None,
+    segment: int = SEGMENT,
 ) -> None:
-    """Fill `out`, `last` and what is `emitted`."""
+    """Fill `out`, `last`, what is `emitted`, and `states` with those before tokens segment, 2 segment, ..."""
     n_batch, n_token, n_head, head_channel = a.x.shape
     n_group, n_state = a.B.shape[2:]
     tile = tile or choose_tile(a)
+    if states is not None and segment % tile.tokens:
+        raise ValueError(f"`segment` must be a multiple of the tile's {tile.tokens} tokens; got {segment}")
     chunk = blocks(blocks(n_token, tile.chunks), tile.tokens) * tile.tokens
     n_chunk = blocks(n_token, chunk)
     n_block = blocks(n_head // n_group * head_channel, tile.rows)
@@ -96,7 +103,7 @@ def launch(
     low = min(tile.low, state)
     kept_token, kept_head = a.kept
     inputs = a.x, a.delta, a.A, a.B
-    more = _dense(a.D), a.z, a.delta_bias, _dense(a.starts), _dense(a.log_decay), a.given_state
+    more = dense(a.D), a.z, a.delta_bias, dense(a.starts), dense(a.log_decay), a.given_state
     outputs = *_between(a, n_chunk - 1, emitted), out, last, token_slot, head_slot
     sizes = (
         a.x.stride(), a.delta.stride(), a.B.stride(), a.C.stride(), (a.x if a.z is None else a.z).stride(),
@@ -108,11 +115,11 @@ def launch(
     if n_chunk > 1:
         nothing = (None,) * len(EMITTED)
         grid = n_block, n_chunk - 1, n_batch * n_group
-        start(scan_kernel, grid, *inputs, None, *more, *outputs, *nothing, *sizes, 1, EARLY, **options)
+        start(scan_kernel, grid, *inputs, None, *more, *outputs, *nothing, None, *sizes, 1, EARLY, segment, **options)
         options["launch_pdl"] = EARLY
-    emissions = [emitted.get(name) for name in EMITTED]
+    asked = *(emitted.get(name) for name in EMITTED), states
     grid = n_block, n_chunk, n_batch * n_group
-    start(scan_kernel, grid, *inputs, a.C, *more, *outputs, *emissions, *sizes, tile.stages, EARLY, **options)
+    start(scan_kernel, grid, *inputs, a.C, *more, *outputs, *asked, *sizes, tile.stages, EARLY, segment, **options)
 
 
 def _between(
@@ -132,5 +139,6 @@ def _between(
     return decay, local, elapsed
 
 
-def _dense(tensor: Tensor | None) -> Tensor | None:
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """Contiguous, where there is one."""
     return None if tensor is None else tensor.contiguous()

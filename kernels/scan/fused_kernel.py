@@ -165,13 +165,13 @@ def _emit_block(e_delta, e_y, e_energy, p_token_slot, b_delta, b_y, b_energy, i_
 @triton.jit
 def scan_kernel(
     p_x, p_delta, p_A, p_B, p_C, p_D, p_z, p_bias, p_starts, p_log_decay, p_initial, p_decay, p_local, p_elapsed,
-    p_out, p_last, p_token_slot, p_head_slot, e_delta, e_cumsum, e_A_bar, e_B_bar, e_h, e_y, e_energy,
+    p_out, p_last, p_token_slot, p_head_slot, e_delta, e_cumsum, e_A_bar, e_B_bar, e_h, e_y, e_energy, p_states,
     x_strides, delta_strides, B_strides, C_strides, z_strides,
     n_token, n_chunk, chunk, n_kept_token,
     H: tl.constexpr, P: tl.constexpr, G: tl.constexpr, N: tl.constexpr, KEPT_HEAD: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr,
     SOFTPLUS: tl.constexpr, MIN: tl.constexpr, MAX: tl.constexpr, ZOH: tl.constexpr,
-    STAGES: tl.constexpr, EARLY: tl.constexpr,
+    STAGES: tl.constexpr, EARLY: tl.constexpr, SEGMENT: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of rows x chunks x (batch x group). A state is (high, low), low contiguous in memory."""
     LOCAL: tl.constexpr = p_C is None
@@ -271,6 +271,10 @@ def scan_kernel(
 
     for t in tl.range(start, stop, BLOCK_T, num_stages=STAGES):
         m_now = m_next
+        if p_states is not None:
+            if t % SEGMENT == 0 and t > 0:
+                i_saved = i_batch * (tl.cdiv(n_token, SEGMENT) - 1) + t // SEGMENT - 1
+                tl.store(p_states + (i_saved * (H * P) + o_row)[:, None, None] * N + o_v, b_h, mask=m_state)
         m_next = m_row[:, None] & (t + BLOCK_T + o_token < stop)[None, :]
         p_B += BLOCK_T * B_strides[1]
         if p_C is not None:

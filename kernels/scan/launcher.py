@@ -4,12 +4,14 @@ That question costs more time on the host than a short sequence takes on the dev
 microseconds a launch.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
+import torch
 import triton
+from torch import Tensor
 
-__all__ = ["blocks", "padded", "start"]
+__all__ = ["blocks", "padded", "slots", "start"]
 
 LIMIT = 4096
 """Versions remembered; then all are forgotten, and asked for again."""
@@ -57,3 +59,12 @@ def start(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **options: A
         _chosen[key] = kernel[grid](*arguments, **options)
     else:
         version[grid](*places)  # of a tensor, the driver would be asked where it lies
+
+
+def slots(indices: Sequence[int] | None, size: int, device: torch.device) -> Tensor | None:
+    """Where each token or head goes in the emission, -1 where nowhere; None where each goes to its own place."""
+    if indices is None:
+        return None
+    slots = torch.full((size,), -1, dtype=torch.int32)
+    slots[list(indices)] = torch.arange(len(indices), dtype=torch.int32)
+    return slots.to(device)

@@ -10,7 +10,7 @@ With several chunks the kernel runs twice: with LOCAL for every chunk but the la
 and d and the log2 of its whole decay; then for every chunk, from what the chunks before it left, in order: beside what
 it adds itself, a chunk of L tokens and decay a takes (m, d) to (a m, a (d + L m)).
 
-All terms are positive, and what a decay errs alike from token to token adds up: decays are exact near 1 whatever came in.
+All terms are positive, and what decays err alike from token to token adds up: they are exact near 1 whatever came in.
 Nothing is computed after the last token asked for, nor of a block of heads of which none is asked for.
 """
 

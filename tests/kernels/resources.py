@@ -1,6 +1,6 @@
 """What the compiled kernels take, for an H200's sm_90 and without a GPU: a script, one JSON line a kernel of a call.
 
-With the argument "mass", those of mass and mass_distance.
+With the argument "mass", those of mass and mass_distance; with "backward", those of the backward.
 
 The real launch on CPU tensors, with a driver that compiles and does not run. A process of its own, since the driver
 is Triton's for the whole process.
@@ -19,7 +19,7 @@ from oracle import cast, draw
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
-from mamba_probe.kernels.scan import Emit, arguments, chunked, fused, gpu, mass
+from mamba_probe.kernels.scan import Emit, arguments, backward, chunked, fused, gpu, mass
 
 PER_TOKEN = ("x", "delta", "B", "C", "z")
 COMPILED = []
@@ -57,10 +57,19 @@ def used(kernel):
     return found | {"shared": kernel.metadata.shared}
 
 
-def call(name, family, inputs, emit=None, tile=None):
+def checked(inputs, emit=None):
     missing = dict.fromkeys(("D", "z", "delta_bias", "initial_state", "seq_idx", "log_decay"))
     given = missing | {"discretization": "euler", "emit": emit} | inputs | {"initial_state": None}
-    a = arguments.check(**given)
+    return arguments.check(**given)
+
+
+def told(name):
+    for kernel in COMPILED:
+        print(json.dumps({"case": name, "kernel": kernel.metadata.name} | used(kernel)), flush=True)
+
+
+def call(name, family, inputs, emit=None, tile=None):
+    a = checked(inputs, emit)
     out, last = torch.empty_like(a.x), torch.empty(a.state_shape, dtype=a.dtype)
     COMPILED.clear()
     asked = gpu.buffers(a), None, None
@@ -69,8 +78,17 @@ def call(name, family, inputs, emit=None, tile=None):
         mass.launch(a, *asked, **options)
     else:
         {"fused": fused, "chunked": chunked}[family].launch(a, out, last, *asked, **options)
-    for kernel in COMPILED:
-        print(json.dumps({"case": name, "kernel": kernel.metadata.name} | used(kernel)), flush=True)
+    told(name)
+
+
+def gradients(name, inputs):
+    """By the rule's tile, in chunks."""
+    a = checked(inputs)
+    states = torch.empty(len(a.x), 7, *a.state_shape[1:], dtype=a.dtype)
+    COMPILED.clear()
+    tile = backward.choose_tile(a)._replace(chunks=2)
+    backward.backward(a, states, backward.Upstream(out=torch.empty_like(a.x)), tile)
+    told(name)
 
 
 def masses():
@@ -88,6 +106,11 @@ def main():
     jit.KernelInterface.__getitem__ = compiled
     if sys.argv[1:] == ["mass"]:
         masses()
+        return
+    if sys.argv[1:] == ["backward"]:
+        wide = draw(None, 1, 512, shape=(5120, 1, 16, False)) | {"delta_limits": (0.0, float("inf"))}
+        gradients("backward bf16", cast(wide, torch.bfloat16, PER_TOKEN))
+        gradients("backward fp32", wide)
         return
     wide, chunks = draw(None, 1, 512, shape=(5120, 1, 16, False)), fused.Tile(8, 16, 2)
     one = cast(wide, torch.bfloat16, PER_TOKEN)

@@ -17,7 +17,7 @@ from torch import Tensor
 from mamba_probe.kernels.scan.arguments import Arguments
 from mamba_probe.kernels.scan.backward_kernel import backward_kernel
 from mamba_probe.kernels.scan.fused import SEGMENT, dense, multiprocessors
-from mamba_probe.kernels.scan.launcher import blocks, padded, slots, start
+from mamba_probe.kernels.scan.launcher import blocks, fusible, padded, slots, start
 
 __all__ = ["Tile", "Upstream", "backward", "backward_kernel", "choose_tile"]
 
@@ -111,7 +111,8 @@ def backward(a: Arguments, states: Tensor | None, given: Upstream, tile: Tile | 
         tile.rows, tile.tokens, tile.segment, padded(n_state) // low, low,
         a.delta_softplus, *a.delta_limits, a.discretization == "zoh", 1, tile.warps,
     )  # fmt: skip
-    options = {"num_warps": tile.warps, "num_stages": 1, "maxnreg": tile.registers, "enable_fp_fusion": True}
+    options = {"num_warps": tile.warps, "num_stages": 1, "maxnreg": tile.registers}
+    options["enable_fp_fusion"] = fusible(n_state)
     if n_chunk > 1:
         nothing = (None,) * len(out)
         start(backward_kernel, (n_block, n_chunk - 1, n_batch * n_group), *tensors, *nothing, *sizes, **options)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mamba_probe.kernels.scan.arguments import Arguments
 from mamba_probe.kernels.scan.fused_kernel import scan_kernel
-from mamba_probe.kernels.scan.launcher import blocks, padded, start
+from mamba_probe.kernels.scan.launcher import blocks, fusible, padded, start
 
 __all__ = ["SEGMENT", "Tile", "choose_tile", "dense", "launch", "multiprocessors", "scan_kernel"]
 
@@ -111,7 +111,7 @@ def launch(
         n_head, head_channel, n_group, n_state, kept_head, tile.rows, tile.tokens, state // low, low,
         a.delta_softplus, *a.delta_limits, a.discretization == "zoh",
     )  # fmt: skip
-    options = {"num_warps": 1, "num_stages": 1, "maxnreg": REGISTERS, "enable_fp_fusion": True}
+    options = {"num_warps": 1, "num_stages": 1, "maxnreg": REGISTERS, "enable_fp_fusion": fusible(n_state)}
     if n_chunk > 1:
         nothing = (None,) * len(EMITTED)
         grid = n_block, n_chunk - 1, n_batch * n_group

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["blocks", "padded", "slots", "start"]
+__all__ = ["blocks", "fusible", "padded", "slots", "start"]
 
 LIMIT = 4096
 """Versions remembered; then all are forgotten, and asked for again."""
@@ -38,6 +38,18 @@ def padded(n: int) -> int:
     16
     """
     return 1 << (n - 1).bit_length()
+
+
+def fusible(n_state: int) -> bool:
+    """Whether a product may be fused with the sum over states that it belongs to.
+
+    Of an odd number of states a thread holds one of a row: the lanes of a row, which each find its sum, would round it
+    differently, and which of them is written is undefined (a race, though of one value's last bit).
+
+    >>> fusible(16), fusible(5)
+    (True, False)
+    """
+    return n_state % 2 == 0 or n_state == 1
 
 
 def start(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **options: Any) -> None:

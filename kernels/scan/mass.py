@@ -27,7 +27,7 @@ from torch import Tensor
 from mamba_probe.kernels.scan.arguments import Arguments
 from mamba_probe.kernels.scan.elementwise import LOG2E, decay, phi1, step_size
 from mamba_probe.kernels.scan.fused import REGISTERS, SHORTEST, WARPS, multiprocessors
-from mamba_probe.kernels.scan.launcher import blocks, padded, start
+from mamba_probe.kernels.scan.launcher import blocks, fusible, padded, start
 from mamba_probe.kernels.scan.rows import columns, from_columns, slices
 
 __all__ = ["Tile", "choose_tile", "launch", "mass_kernel"]
@@ -242,5 +242,5 @@ def launch(
             n_token, n_seen, n_chunk, chunk, kept_token, n_head, n_group, n_state, a.A.shape[1], kept_head,
             tile.heads, tile.tokens, state // min(4, state), min(4, state), "mass_distance" in emitted,
             a.delta_softplus, *a.delta_limits, a.discretization == "zoh",
-            num_warps=1, num_stages=1, maxnreg=REGISTERS, enable_fp_fusion=True,
+            num_warps=1, num_stages=1, maxnreg=REGISTERS, enable_fp_fusion=fusible(n_state),
         )  # fmt: skip

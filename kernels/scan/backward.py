@@ -21,10 +21,10 @@ from mamba_probe.kernels.scan.launcher import blocks, fusible, padded, slots, st
 
 __all__ = ["Tile", "Upstream", "backward", "backward_kernel", "choose_tile"]
 
-WARPS = 10
-"""That an SM holds at REGISTERS registers a thread."""
+WARPS = 8
+"""That an SM holds at REGISTERS registers a thread: two on each of its four schedulers."""
 
-REGISTERS = 200
+REGISTERS = 255
 
 LOCAL_COST = 0.25
 """Of a chunk's pass from nothing, beside its main pass."""

@@ -37,9 +37,9 @@ from torch import Tensor
 from mamba_probe.kernels.scan.arguments import Arguments
 from mamba_probe.kernels.scan.elementwise import silu
 from mamba_probe.kernels.scan.handover import hand_over, numbered, received
-from mamba_probe.kernels.scan.launcher import blocks, padded, start
+from mamba_probe.kernels.scan.launcher import blocks, fusible, padded, start
 from mamba_probe.kernels.scan.products import dot, narrowed, terms
-from mamba_probe.kernels.scan.states import states_kernel, tokens_kernel
+from mamba_probe.kernels.scan.states import STAGES, states_kernel, tokens_kernel
 from mamba_probe.kernels.scan.steps import steps_kernel
 
 __all__ = ["Tile", "choose_tile", "launch", "scan_kernel"]
@@ -207,11 +207,11 @@ COMPILED = isinstance(scan_kernel, triton.JITFunction)
 PROGRAMS = 264
 """As many as an H200 runs at once, two on each of its multiprocessors."""
 
-BOUNDARY = 512
-"""Tokens of one program of `states_kernel`."""
+CHANNELS = 64
+"""Of one program of `states_kernel`."""
 
-STATES = 64
-"""Its channels."""
+BOUNDARY = 512
+"""Tokens of one."""
 
 
 class Tile(NamedTuple):
@@ -335,13 +335,12 @@ def _emit_tokens(work: _Work, tokens: Tensor, boundary: Tensor | None) -> None:
     lengths = a.n_token, tokens.shape[2], *a.kept
     block_n = padded(n_state)
     if boundary is not None:
-        channels = min(STATES, padded(head_channel))
-        low = min(channels, max(1, 1024 // block_n))
+        channels = min(CHANNELS, padded(head_channel))
         start(
             states_kernel, (n_head * blocks(head_channel, channels), boundary.shape[2], len(a.x)),
             a.x, a.B, tokens, boundary, *work.slots, emitted.get("h"), emitted.get("energy"),
-            _strides(a.x), _strides(a.B), *lengths, *work.sizes, low, channels // low, block_n, BOUNDARY,
-            num_warps=4, num_stages=1,
+            _strides(a.x), _strides(a.B), *lengths, *work.sizes, channels, block_n, BOUNDARY, STAGES,
+            num_warps=4, num_stages=1, enable_fp_fusion=fusible(n_state),
         )  # fmt: skip
     if "B_bar" in emitted or "delta_cumsum" in emitted:
         start(

@@ -28,10 +28,10 @@ def test_interpreted_gradients_of_every_pair_of_features():
 
 
 def test_the_backward_compiles_for_an_h200():
-    """Ten programs of one warp, or five of two, on an SM; what is spilled is constants of the loop."""
+    """Two warps on each of an SM's four schedulers; what is spilled is constants of the loop."""
     found = [json.loads(line) for line in script("resources.py", "backward")]
     assert [one["case"] for one in found] == ["backward bf16"] * 2 + ["backward fp32"] * 2
     for one in found:
-        assert one["reg"] <= 200, one
-        assert one["stack"] <= 256, one
+        assert one["reg"] <= 255, one
+        assert one["stack"] <= 96, one
         assert one["shared"] <= 16 * 1024, one

@@ -16,6 +16,7 @@ from mamba_probe.attaching import check_editable, check_free_to_attach, chosen_b
 from mamba_probe.hooks import Edit
 from mamba_probe.inputs import ModelInput, checked_input
 from mamba_probe.jacobian import measure_jacobian
+from mamba_probe.keeping import KEEPS
 from mamba_probe.mixers import Listener, Tap, find_mixers
 from mamba_probe.parity import measure_parity
 from mamba_probe.planning import checked_plan
@@ -218,28 +219,34 @@ class Probe(AbstractContextManager["Probe"]):
     def recording(
         self, *, variables: Sequence[str] = DEFAULT_VARIABLES, layers: Sequence[int] | None = None,
         channels: Sequence[int] | None = None, store: str | PathLike[str] | None = None, overwrite: bool = False,
+        keep: str = "host",
     ) -> Iterator[Recorder]:  # fmt: skip
         """Record every call of the model inside the block, `generate()` included: its prefill and every step.
 
         Args:
             variables, layers, channels, store, overwrite: as in `record`.
+            keep: "host": a layer's tensors are copied to the host while the next layers compute. "device": they stay
+                where the model is, in `recorder.tensors`, and are copied when `recorder.dataset` is first read.
 
         Yields:
             The recorder; its `dataset` holds the trace once the block is left. After an exception it holds, and the
             store has, every call that was whole.
 
         Raises:
-            ValueError: wrong names, reordered rows (beam search), non-finite values, an existing store.
+            ValueError: wrong names, reordered rows (beam search), non-finite values (found when the model call has
+                come through all recorded layers), an existing store.
         """
         self._check_attached()
+        if keep not in KEEPS:
+            raise unknown_name("keep", keep, KEEPS)
         plan = checked_plan(self._adapters, self.groups, variables, layers, None, channels, None)
         if store is not None:
             check_free(store, overwrite)
-        recorder = self._recorder(plan)
+        recorder = self._recorder(plan, keep)
         with _kept(recorder, lambda trace: trace, store, overwrite), self._listening(recorder):
             yield recorder
 
-    def _recorder(self, plan: Plan) -> Recorder:
+    def _recorder(self, plan: Plan, keep: str = "host") -> Recorder:
         recorded = [adapter for adapter in self._adapters if adapter.layer in plan.layers]
         statics = read_statics(recorded, plan.variables)
         if plan.channels is not None:
@@ -253,7 +260,7 @@ class Probe(AbstractContextManager["Probe"]):
             "n_groups": sizes.n_groups,
             "parity_error": self._parity_error,
         }
-        return Recorder(plan, statics, attrs)
+        return Recorder(plan, statics, attrs, keep)
 
     @contextmanager
     def _listening(self, recorder: Recorder) -> Iterator[None]:
@@ -425,6 +432,5 @@ def _kept(
     try:
         yield
     finally:
-        trace = recorder.close()
-        if trace is not None and store is not None:
-            save(label(trace), store, overwrite=overwrite)
+        if recorder.n_calls and store is not None:
+            save(label(recorder.dataset), store, overwrite=overwrite)

@@ -4,8 +4,9 @@ A call without a cached state begins new rows (`batch`); a call that carries a s
 so that `generate()` becomes one sequence a row: its prefill and every step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from mamba_probe.keeping import Courier, Kept
 from mamba_probe.kernels.emission import EMITTABLE, Emit
 from mamba_probe.mixers import Call, Sizes
 from mamba_probe.trace.schema import VARIABLES
@@ -44,8 +46,10 @@ class _Rows:
     call: int
     length: int = 0
     n_valid: np.ndarray | int = 0
-    tensors: dict[tuple[int, str], list[np.ndarray]] = field(default_factory=dict)
+    calls: list[Kept] = field(default_factory=list)
     coords: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    sums: dict[int, Tensor] = field(default_factory=dict)
+    """delta_cumsum at the last token, by layer."""
     state_out: Tensor | None = None
 
 
@@ -56,19 +60,27 @@ class _Open:
     rows: _Rows
     length: int
     keep: list[int] | slice
-    valid: np.ndarray
-    tensors: dict[tuple[int, str], np.ndarray] = field(default_factory=dict)
-    coords: dict[str, np.ndarray] = field(default_factory=dict)
+    kept: Kept
+    mask: Tensor | None
+    continues: bool
+    valid: np.ndarray = field(default_factory=lambda: np.ones(0, bool))
+    """(batch, token), read from the device once the call is whole."""
     start: int = 0
     seen: set[int] = field(default_factory=set)
+    sums: dict[int, Tensor] = field(default_factory=dict)
     state_out: Tensor | None = None
 
 
 class Recorder:
-    """Listens to the taps; `dataset` holds the trace once the block it records is left."""
+    """Listens to the taps; `dataset` holds the trace once the block it records is left.
 
-    def __init__(self, plan: Plan, statics: dict[str, np.ndarray], attrs: dict[str, Any]):
-        self._plan, self._statics, self._attrs = plan, statics, attrs
+    With keep "host" a layer's tensors leave for the host at once, beside the next layers' work; with "device" they stay
+    in `tensors`, and go to the host when `dataset` is first read.
+    """
+
+    def __init__(self, plan: Plan, statics: dict[str, np.ndarray], attrs: dict[str, Any], keep: str = "host"):
+        self._plan, self._statics, self._attrs, self._keep = plan, statics, attrs, keep
+        self._courier = Courier()
         self._blocks: list[_Rows] = []
         self._open: _Open | None = None
         self._ids: Tensor | None = None
@@ -76,11 +88,17 @@ class Recorder:
         self._edits: dict[str, None] = {}
         self._calls = 0
         self._dataset: xr.Dataset | None = None
+        self._closed = False
 
     def __repr__(self) -> str:
         plan = f"{', '.join(self._plan.variables)} of {len(self._plan.layers)} layer(s)"
-        state = "whole" if self._dataset is not None else f"open, {self._calls} call(s) so far"
+        state = "whole" if self._closed and self._calls else f"open, {self._calls} call(s) so far"
         return f"Recorder({plan}; {state})"
+
+    @property
+    def n_calls(self) -> int:
+        """Whole model calls recorded so far."""
+        return self._calls
 
     @property
     def dataset(self) -> xr.Dataset:
@@ -89,9 +107,24 @@ class Recorder:
         Raises:
             ValueError: the block is still open, or no model call was recorded.
         """
-        if self._dataset is None:
+        if not self._closed or not self._calls:
             raise ValueError("nothing recorded yet: run the model inside the `recording` block, and leave it")
+        if self._dataset is None:
+            attrs = self._attrs | {"edits": "; ".join(self._edits)}
+            self._dataset = _assemble(self._plan, self._blocks, self._statics, attrs, self._courier)
+            self._courier.wait()
         return self._dataset
+
+    @property
+    def tensors(self) -> tuple[Mapping[tuple[int, str], Tensor], ...]:
+        """What each whole model call made, by (layer, variable), on its device and in its own dtype.
+
+        Raises:
+            ValueError: the recording keeps its tensors on the host.
+        """
+        if self._keep == "host":
+            raise ValueError('the tensors went to the host, see `dataset`: open with probe.recording(keep="device")')
+        return tuple(call.tensors for rows in self._blocks for call in rows.calls)
 
     # -- from the probe ------------------------------------------------------------------------------------------
 
@@ -113,7 +146,8 @@ class Recorder:
             where = where[self._kept_logits.cpu().numpy()]
         elif self._kept_logits:
             where = where[-self._kept_logits :]
-        bad = ~torch.isfinite(logits).all(-1).cpu().numpy() & call.valid[:, where]
+        low, high = torch.aminmax(logits, dim=-1)  # NaN where one is
+        bad = ~(low.isfinite() & high.isfinite()).cpu().numpy() & call.valid[:, where]
         if bad.any():
             row, at = map(int, np.argwhere(bad)[0])
             raise ValueError(f"the logits are NaN or infinite at token {call.start + where[at]} of row {row}")
@@ -121,13 +155,12 @@ class Recorder:
         prediction[:, where] = logits.argmax(-1).cpu().numpy()
         call.rows.coords["prediction"][-1] = prediction[:, call.keep]
 
-    def close(self) -> xr.Dataset | None:
-        """Make the trace of every whole call; None where there was none."""
-        if self._blocks:
-            attrs = self._attrs | {"edits": "; ".join(self._edits)}
-            self._dataset = _assemble(self._plan, self._blocks, self._statics, attrs)
-            self._blocks = []
-        return self._dataset
+    def close(self) -> None:
+        """The block is left: `dataset` is the trace of every whole call, where there was one."""
+        self._closed, self._open = True, None
+        if self._keep == "host" and self._calls:
+            self._dataset, self._blocks = self.dataset, []
+        self._courier.wait()
 
     # -- from the taps -------------------------------------------------------------------------------------------
 
@@ -152,10 +185,8 @@ class Recorder:
         if call.layer == self._plan.layers[0]:
             _check_continuity(call, under_way.rows.state_out)
             under_way.state_out = call.state_out
-        for name in self._plan.steps:
-            array = self._array(call, name, under_way)
-            _check_finite(array, under_way.valid[:, under_way.keep], name, call.layer, under_way.rows.length)
-            under_way.tensors[call.layer, name] = array
+        with torch.no_grad():
+            under_way.kept.put(call.layer, {name: self._own(call, name, under_way) for name in self._plan.steps})
         under_way.seen.add(call.layer)
         if len(under_way.seen) == len(self._plan.layers):
             self._commit(under_way)
@@ -196,44 +227,53 @@ class Recorder:
             )
         selected = self._within(rows.length, length)
         keep = slice(None) if selected is None else list(selected)
-        valid = np.ones((batch, length), bool) if call.valid is None else call.valid.cpu().numpy()
-        ids = self._ids if self._ids is not None and tuple(self._ids.shape) == (batch, length) else None
-        before = rows.n_valid if isinstance(rows.n_valid, np.ndarray) else np.zeros(batch, np.int64)
-        coords = {
-            "valid": valid,
-            "phase": np.where(valid, "decode" if call.continues and length == 1 else "prefill", ""),
-            "token_id": np.full((batch, length), -1) if ids is None else ids.cpu().numpy(),
-            "position": np.where(valid, before[:, None] + np.cumsum(valid, axis=1) - 1, -1),
-            "prediction": np.full((batch, length), -1),
-        }
-        kept = {name: value[:, keep] for name, value in coords.items()}
-        return _Open(rows, length, keep, valid, coords=kept, start=rows.length)
+        kept = Kept(self._plan.layers, self._courier, self._keep)
+        return _Open(rows, length, keep, kept, call.valid, call.continues, start=rows.length)
 
     def _commit(self, call: _Open) -> None:
+        """The call is whole: what it waits for from the device is waited for here, once."""
         rows = call.rows
+        shape = rows.batch, call.length
+        call.valid = np.ones(shape, bool) if call.mask is None else call.mask.cpu().numpy()
+        for layer, name in call.kept.suspects():
+            _check_finite(call.kept.array(layer, name), call.valid[:, call.keep], name, layer, rows.length)
         if not self._blocks or self._blocks[-1] is not rows:
             self._blocks.append(rows)
-        for source, kept in ((call.tensors, rows.tensors), (call.coords, rows.coords)):
-            for key, array in source.items():
-                kept.setdefault(key, []).append(array)  # type: ignore[arg-type]
-        call.tensors = {}
+        rows.calls.append(call.kept)
+        for name, value in self._coords(call).items():
+            rows.coords.setdefault(name, []).append(value[:, call.keep])
         rows.n_valid = rows.n_valid + call.valid.sum(axis=1)
         rows.length += call.length
-        rows.state_out = call.state_out
+        rows.sums, rows.state_out = call.sums, call.state_out
         self._calls += 1
 
-    def _array(self, call: Call, name: str, under_way: _Open) -> np.ndarray:
-        tensor = call.tensors[name]
-        if name not in EMITTABLE:  # x, z, u, out: not the scan's to select
+    def _coords(self, call: _Open) -> dict[str, np.ndarray]:
+        shape, valid = call.valid.shape, call.valid
+        ids = self._ids if self._ids is not None and tuple(self._ids.shape) == shape else None
+        before = np.broadcast_to(call.rows.n_valid, shape[:1])
+        return {
+            "valid": valid,
+            "phase": np.where(valid, "decode" if call.continues and call.length == 1 else "prefill", ""),
+            "token_id": np.full(shape, -1) if ids is None else ids.cpu().numpy(),
+            "position": np.where(valid, before[:, None] + np.cumsum(valid, axis=1) - 1, -1),
+            "prediction": np.full(shape, -1),
+        }
+
+    def _own(self, call: Call, name: str, under_way: _Open) -> Tensor:
+        """What was recorded of one variable: selected, and a tensor that nothing else writes to."""
+        tensor = call.tensors[name].detach()
+        if name not in EMITTABLE:  # x, z, u, out: the model's, not the scan's to select
             tensor = tensor[:, under_way.keep]
             if name not in ("u", "out") and self._plan.channels is not None:
                 tensor = tensor[:, :, list(self._plan.channels)]
-        array = _numpy(tensor)
+            tensor = tensor.clone()
         if self._plan.sizes.family != "mamba2" and name in ("x", "z", "y", "h"):
-            array = array[:, :, :, 0]
-        if name == "delta_cumsum" and (earlier := under_way.rows.tensors.get((call.layer, name))):
-            array = array + earlier[-1][:, -1:]
-        return array
+            tensor = tensor[:, :, :, 0]
+        if name == "delta_cumsum":
+            earlier = under_way.rows.sums.get(call.layer)
+            tensor = tensor if earlier is None else tensor + earlier
+            under_way.sums[call.layer] = tensor[:, -1:].clone()
+        return tensor
 
 
 def _check_continuity(call: Call, before: Tensor | None) -> None:
@@ -247,15 +287,7 @@ def _check_continuity(call: Call, before: Tensor | None) -> None:
         )
 
 
-def _numpy(tensor: Tensor) -> np.ndarray:
-    """On the host, fp32 at least: bf16 and fp16 widen exactly."""
-    tensor = tensor.detach()
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)).cpu().numpy()
-
-
 def _check_finite(array: np.ndarray, valid: np.ndarray, name: str, layer: int, start: int) -> None:
-    if np.isfinite(array).all():
-        return
     bad = ~np.isfinite(array).reshape(*array.shape[:2], -1).all(-1) & valid
     if bad.any():
         row, token = map(int, np.argwhere(bad)[0])
@@ -269,7 +301,9 @@ def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
-def _assemble(plan: Plan, blocks: list[_Rows], statics: dict[str, np.ndarray], attrs: dict[str, Any]) -> xr.Dataset:
+def _assemble(
+    plan: Plan, blocks: list[_Rows], statics: dict[str, np.ndarray], attrs: dict[str, Any], courier: Courier
+) -> xr.Dataset:  # fmt: skip
     """One Dataset from all rows: shorter rows and padding are NaN, with `valid` False."""
     family = plan.sizes.family
     starts = np.cumsum([0, *(block.batch for block in blocks)])
@@ -278,7 +312,7 @@ def _assemble(plan: Plan, blocks: list[_Rows], statics: dict[str, np.ndarray], a
     data = {}
     for name in plan.variables:
         spec = VARIABLES[name]
-        values = _steps(plan, name, blocks, starts, shape, coords["valid"]) if name in plan.steps else statics[name]
+        values = _steps(name, blocks, shape, coords["valid"], courier) if name in plan.steps else statics[name]
         text = {"long_name": spec.long_name, "units": spec.units, "symbol": spec.symbol}
         data[name] = (spec.dims(family), values, text)
     known = {name: value for name, value in coords.items() if name in ("valid", "phase") or (value != -1).any()}
@@ -290,9 +324,10 @@ def _assemble(plan: Plan, blocks: list[_Rows], statics: dict[str, np.ndarray], a
             range(plan.sizes.n_heads) if plan.channels is None else plan.channels
         ),
     }
-    labelled = {name: (("batch", "token"), value) for name, value in known.items()}
-    dataset = xr.Dataset(data, labelled | {name: ("batch", value) for name, value in per_row.items()}, attrs)
-    return dataset.assign_coords({dim: value for dim, value in index.items() if dim in dataset.dims})
+    dims = {dim for named, *_ in data.values() for dim in named}
+    labelled: dict[str, Any] = {name: (("batch", "token"), value) for name, value in known.items()}
+    labelled |= {name: ("batch", value) for name, value in per_row.items()}
+    return xr.Dataset(data, labelled | {dim: value for dim, value in index.items() if dim in dims}, attrs)
 
 
 _ABSENT = {"valid": False, "phase": "", "token_id": -1, "position": -1, "prediction": -1}
@@ -306,14 +341,26 @@ def _coord(name: str, blocks: list[_Rows], starts: np.ndarray, shape: tuple[int,
     return full.astype(object) if name == "phase" else full
 
 
-def _steps(
-    plan: Plan, name: str, blocks: list[_Rows], starts: np.ndarray, shape: tuple[int, int], valid: np.ndarray
-) -> np.ndarray:
-    first = blocks[0].tensors[plan.layers[0], name][0]
-    full = np.full((len(plan.layers), *shape, *first.shape[2:]), np.nan, dtype=first.dtype)
-    for i, layer in enumerate(plan.layers):
-        for block, start in zip(blocks, starts, strict=False):
-            joined = _joined(block.tensors.pop((layer, name)))
-            full[i, start : start + block.batch, : joined.shape[1]] = joined
-        full[i][~valid] = np.nan
+def _steps(name: str, blocks: list[_Rows], shape: tuple[int, int], valid: np.ndarray, courier: Courier) -> np.ndarray:
+    """(layer, batch, token, ...): of one call the array it was copied to, of more a new one."""
+    calls = [call.take(name) for block in blocks for call in block.calls]
+    if len(calls) > 1:
+        courier.wait()
+    full = calls[0] if len(calls) == 1 else _laid_out(calls, blocks, shape)
+    if not valid.all():
+        courier.wait()
+        full[:, ~valid] = np.nan
+    return full
+
+
+def _laid_out(calls: list[np.ndarray], blocks: list[_Rows], shape: tuple[int, int]) -> np.ndarray:
+    """Rows under one another, the calls of a row side by side."""
+    full = np.full((len(calls[0]), *shape, *calls[0].shape[3:]), np.nan, dtype=calls[0].dtype)
+    parts, row = iter(calls), 0
+    for block in blocks:
+        token = 0
+        for part in islice(parts, len(block.calls)):
+            full[:, row : row + block.batch, token : token + part.shape[2]] = part
+            token += part.shape[2]
+        row += block.batch
     return full

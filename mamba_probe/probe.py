@@ -1,8 +1,10 @@
 """The probe: attach to a live model, record, edit, compare, detach."""
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
@@ -17,7 +19,8 @@ from mamba_probe.hooks import Edit
 from mamba_probe.inputs import ModelInput, checked_input
 from mamba_probe.jacobian import measure_jacobian
 from mamba_probe.keeping import KEEPS
-from mamba_probe.mixers import Listener, Tap, find_mixers
+from mamba_probe.kernels.emission import Emit
+from mamba_probe.mixers import Call, Listener, Tap, find_mixers
 from mamba_probe.parity import measure_parity
 from mamba_probe.planning import checked_plan
 from mamba_probe.recorder import Plan, Recorder
@@ -276,11 +279,11 @@ class Probe(AbstractContextManager["Probe"]):
             recorder.end(getattr(output, "logits", None))
 
         handles = [
-            self.model.register_forward_pre_hook(begin, with_kwargs=True),
-            self.model.register_forward_hook(end, always_call=True),
+            self.model.register_forward_pre_hook(_untraced(begin), with_kwargs=True),
+            self.model.register_forward_hook(_untraced(end), always_call=True),
         ]
         try:
-            self._listen(recorder)
+            self._listen(_Untraced(_untraced(recorder.wants), _untraced(recorder.receive)))
             yield
         finally:
             self._listen(None)
@@ -422,6 +425,19 @@ class Probe(AbstractContextManager["Probe"]):
         result = measure_parity(self.model, self._adapters, given, self._listen, self._suspended)
         self._parity_error = float(result["out_vs_native"].max())
         return result
+
+
+def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, at which torch.compile breaks its graph; as it is where nothing was compiled yet."""
+    return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
+
+
+@dataclass(frozen=True)
+class _Untraced:
+    """A listener."""
+
+    wants: Callable[[int, bool, int], Emit | None]
+    receive: Callable[[Call], None]
 
 
 @contextmanager

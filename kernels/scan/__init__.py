@@ -4,13 +4,14 @@ from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Inexact, Int
 from torch import Tensor
 
 from mamba_probe.kernels.emission import EMITTABLE, Emission, Emit
+from mamba_probe.kernels.scan import operators
 from mamba_probe.kernels.scan.arguments import check
 from mamba_probe.kernels.scan.compiled import cpu_compile
 
@@ -81,6 +82,7 @@ def selective_scan(
     delta = clamp(softplus(delta + bias)), h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t, y_t = C_t h_t + D x_t,
     times silu(z_t) when z is given. With "zoh" the write is delta_t phi1(delta_t A) B_t x_t, phi1(z) = (exp(z) - 1)/z.
     A complex state stands for its conjugate pair: y_t = 2 Re(C_t h_t) + D x_t.
+    Under torch.compile it is one operator, `mamba_probe::scan` (see `operators`), for any number of tokens.
     Source: arXiv 2312.00752 and 2405.21060, in the Euler form their code executes; complex A and zoh: 2206.11893.
 
     Args:
@@ -109,13 +111,19 @@ def selective_scan(
 
     Raises:
         ValueError: naming the argument, what was expected and what came; for "triton" without a CUDA device, with
-            inputs that require grad, or with complex A, which it does not support yet.
+            complex A, or with inputs that require grad where A is (head,), which it does not support yet. While a model
+            is compiled, torch wraps it.
 
     >>> one = torch.ones(1, 3, 1, 1)
     >>> result = selective_scan(one, one[..., 0], torch.zeros(1, 1), one, one, emit=Emit(("h",), tokens=[1]))
     >>> result.y.flatten().tolist(), result.emission.h.flatten().tolist()
     ([1.0, 2.0, 3.0], [2.0])
     """
+    tensors = (x, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, log_decay)
+    options = (bool(delta_softplus), delta_limits, discretization, emit)
+    if torch.compiler.is_compiling():
+        name = choose_backend(x.device).name if backend == "auto" else backend
+        return ScanResult(*operators.scan(tensors, *options, name))
     arguments = check(
         x,
         delta,
@@ -134,7 +142,9 @@ def selective_scan(
         emit=emit,
     )
     name = choose_backend(x.device).name if backend == "auto" else backend
-    module = _backend(name)
+    module = backend_module(name)
+    if name == "triton" and operators.needs_grad(tensors):
+        return ScanResult(*operators.scan(tensors, *options, name, arguments))
     if not torch.is_autocast_enabled(x.device.type):  # entering the context costs as much as a launch
         return ScanResult(*module.scan(arguments))
     with torch.autocast(x.device.type, enabled=False):
@@ -149,12 +159,13 @@ def check_backend(name: str, device: torch.device | str) -> None:
 
     >>> check_backend("cpu", "cpu")
     """
-    module = _backend(name)
+    module = backend_module(name)
     if name == "triton":
         module.check_device(torch.device(device))
 
 
-def _backend(name: str):
+def backend_module(name: str) -> Any:
+    """The module of a backend: its `scan`, and what that needs."""
     if name not in BACKENDS:
         near = get_close_matches(str(name), (*BACKENDS, "auto"), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."

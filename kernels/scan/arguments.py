@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mamba_probe.kernels.emission import Emit
+from mamba_probe.kernels.emission import STATE_SIZED, Emit
 
-__all__ = ["Arguments", "check"]
+__all__ = ["Arguments", "as_emit", "as_limits", "buffers", "check"]
 
 DISCRETIZATIONS = ("euler", "zoh")
 REAL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -21,6 +21,7 @@ DOUBLE_DTYPES = (torch.float64, torch.complex128)
 INDEX_DTYPES = (torch.int32, torch.int64)
 STATE_LIKE = ("A", "B", "C", "initial_state", "log_decay")
 """All complex or all real."""
+NOTHING = Emit()
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,17 @@ class Arguments:
         """(batch, head, head_channel, state)."""
         return self.x.shape[0], *self.x.shape[2:], self.B.shape[3]
 
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """That of a state: `dtype`, or its complex counterpart."""
+        return self.dtype.to_complex() if self.A.is_complex() else self.dtype
+
     @cached_property
     def initial_state(self) -> Tensor:
         """Zeros, in no memory, when none was given."""
         if self.given_state is not None:
             return self.given_state
-        dtype = self.dtype.to_complex() if self.A.is_complex() else self.dtype
-        return self.x.new_zeros((), dtype=dtype).expand(self.state_shape)
+        return self.x.new_zeros((), dtype=self.state_dtype).expand(self.state_shape)
 
     @property
     def n_token(self) -> int:
@@ -119,19 +124,23 @@ def check(
     optional |= {"seq_idx": seq_idx, "log_decay": log_decay}
     given = {"x": x, "delta": delta, "A": A, "B": B, "C": C}
     given |= {name: value for name, value in optional.items() if value is not None}
-    dtype = _agreed(tuple(_kind(name, value) for name, value in given.items()))
+    kinds = tuple(_kind(name, value) for name, value in given.items())
+    try:
+        dtype = _agreed(kinds)
+    except TypeError:  # sizes that are symbols of a compiler cannot be looked up
+        dtype = _agreed.__wrapped__(kinds)
     state_dtype = dtype.to_complex() if A.is_complex() else dtype
     return Arguments(
         x=x,
         delta=delta,
-        A=A.to(state_dtype).reshape(len(A), -1).contiguous(),
+        A=A.to(state_dtype).reshape(A.shape[0], -1).contiguous(),
         B=B if B.ndim == 4 else B.expand(*x.shape[:2], -1, -1),
         C=C if C.ndim == 4 else C.expand(*x.shape[:2], -1, -1),
         D=None if D is None else D.to(dtype).reshape(*D.shape, *[1] * (2 - D.ndim)).expand(x.shape[2:]),
         z=z,
         delta_bias=None if delta_bias is None else delta_bias.to(dtype).contiguous(),
         delta_softplus=bool(delta_softplus),
-        delta_limits=_limits(delta_limits),
+        delta_limits=as_limits(delta_limits),
         given_state=None if initial_state is None else initial_state.to(state_dtype).contiguous(),
         starts=None if seq_idx is None else _starts(seq_idx),
         log_decay=None if log_decay is None else log_decay.reshape(*x.shape[:3], -1),
@@ -255,7 +264,8 @@ def _known(discretization: str) -> str:
     return discretization
 
 
-def _limits(limits: tuple[float, float]) -> tuple[float, float]:
+def as_limits(limits: tuple[float, float]) -> tuple[float, float]:
+    """Two numbers, low and high."""
     try:
         low, high = map(float, limits)
     except (TypeError, ValueError) as error:
@@ -265,10 +275,17 @@ def _limits(limits: tuple[float, float]) -> tuple[float, float]:
     return low, high
 
 
-def _checked_emit(emit: Emit | None, *, n_token: int, n_head: int, is_complex: bool) -> Emit:
-    emit = Emit() if emit is None else emit
+def as_emit(emit: Emit | None) -> Emit:
+    """What is asked for: nothing where None."""
+    if emit is None:
+        return NOTHING
     if not isinstance(emit, Emit):
         raise ValueError(f"`emit` must be an Emit; got {type(emit).__name__}: write Emit(variables=(...))")
+    return emit
+
+
+def _checked_emit(emit: Emit | None, *, n_token: int, n_head: int, is_complex: bool) -> Emit:
+    emit = as_emit(emit)
     if emit.dtype is not None and is_complex:
         raise ValueError(f"`emit.dtype` is {emit.dtype}, but `A` is complex, and so is the state: leave it None")
     for name, indices, size in (("tokens", emit.tokens, n_token), ("channels", emit.channels, n_head)):
@@ -276,3 +293,28 @@ def _checked_emit(emit: Emit | None, *, n_token: int, n_head: int, is_complex: b
             axis = "tokens" if name == "tokens" else "heads"
             raise ValueError(f"`emit.{name}` holds {max(indices)}, but this call has {size} {axis}: 0 .. {size - 1}")
     return emit
+
+
+def buffers(a: Arguments) -> dict[str, Tensor]:
+    """Uninitialised outputs of what was asked for; B and C are inputs and need none."""
+    if not a.emit.variables:
+        return {}
+    head_channel, state = a.x.shape[3], a.B.shape[3]
+    tails = {
+        "delta": (),
+        "delta_cumsum": (),
+        "A_bar": () if a.scalar_A else (state,),
+        "B_bar": (state,),
+        "h": (head_channel, state),
+        "y": (head_channel,),
+        "energy": (head_channel,),
+        "mass": (),
+        "mass_distance": (),
+    }
+    dtypes = dict.fromkeys(tails, a.dtype) | {"delta_cumsum": torch.float64}
+    dtypes |= dict.fromkeys(STATE_SIZED, a.emit.dtype or a.state_dtype)
+    return {
+        name: torch.empty((a.x.shape[0], *a.kept, *tail), dtype=dtypes[name], device=a.x.device)
+        for name, tail in tails.items()
+        if name in a.emit.variables
+    }

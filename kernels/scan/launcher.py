@@ -5,13 +5,14 @@ microseconds a launch.
 """
 
 from collections.abc import Hashable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-__all__ = ["blocks", "fusible", "padded", "slots", "start"]
+__all__ = ["blocks", "fusible", "listed", "padded", "slots", "start"]
 
 LIMIT = 4096
 """Versions remembered; then all are forgotten, and asked for again."""
@@ -20,6 +21,8 @@ PLAIN = (int, float, bool, tuple, type(None))
 """Classes of arguments that are no tensors."""
 
 _chosen: dict[Hashable, Any] = {}
+_captured: list[Tensor] = []
+"""What CUDA graphs read."""
 
 
 def blocks(n: int, size: int) -> int:
@@ -75,8 +78,34 @@ def start(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **options: A
 
 def slots(indices: Sequence[int] | None, size: int, device: torch.device) -> Tensor | None:
     """Where each token or head goes in the emission, -1 where nowhere; None where each goes to its own place."""
-    if indices is None:
-        return None
+    return None if indices is None else _copied(tuple(indices), size, device)
+
+
+def listed(indices: Sequence[int], device: torch.device) -> Tensor:
+    """The indices themselves."""
+    return _copied(tuple(indices), None, device)
+
+
+def _copied(indices: tuple[int, ...], size: int | None, device: torch.device) -> Tensor:
+    """A copy that waits for nothing on a CUDA device, and that a CUDA graph may capture: this reads the page-locked
+    memory again with every replay, which is why that is kept."""
+    if device.type != "cuda":
+        return _made(indices, size)
+    made = _pinned(indices, size)
+    if torch.cuda.is_current_stream_capturing():
+        _captured.append(made)
+    return made.to(device, non_blocking=True)
+
+
+def _made(indices: tuple[int, ...], size: int | None) -> Tensor:
+    numbers = torch.tensor(indices, dtype=torch.int32)
+    if size is None:
+        return numbers
     slots = torch.full((size,), -1, dtype=torch.int32)
-    slots[list(indices)] = torch.arange(len(indices), dtype=torch.int32)
-    return slots.to(device)
+    slots[numbers] = torch.arange(len(indices), dtype=torch.int32)
+    return slots
+
+
+@lru_cache(maxsize=256)
+def _pinned(indices: tuple[int, ...], size: int | None) -> Tensor:
+    return _made(indices, size).pin_memory()

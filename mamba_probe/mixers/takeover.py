@@ -28,7 +28,9 @@ def rebind(function: FunctionType, replacements: Mapping[str, Callable[..., Any]
             " transformers is not supported (>= 5.16 is)"
         )
     home = innermost(function).__globals__
-    return _copy(function, home, {**home, **replacements})
+    changed = {**home, **replacements}
+    changed.pop("__name__", None)  # by it torch.compile would look for the values of its guards in the library's module
+    return _copy(function, home, changed)
 
 
 def called_names(function: FunctionType) -> set[str]:
@@ -46,7 +48,8 @@ def innermost(function: FunctionType) -> FunctionType:
 def _copy(function: FunctionType, home: dict[str, Any], changed: dict[str, Any]) -> FunctionType:
     closure = tuple(CellType(_of_cell(cell, home, changed)) for cell in function.__closure__ or ()) or None
     own = changed if function.__globals__ is home else function.__globals__
-    copy = FunctionType(function.__code__, own, function.__name__, function.__defaults__, closure)
+    code = function.__code__.replace()  # its own: torch.compile keeps what it made of one for all that share it
+    copy = FunctionType(code, own, function.__name__, function.__defaults__, closure)
     copy.__kwdefaults__ = function.__kwdefaults__
     copy.__qualname__, copy.__doc__, copy.__module__ = function.__qualname__, function.__doc__, function.__module__
     return copy

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-collect_ignore = ["interpreted.py", "oracle.py", "resources.py"]  # scripts and a module, no tests or doctests
+collect_ignore_glob = ["interpreted*.py", "oracle.py", "resources*.py"]  # scripts and a module: no tests, no doctests
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,253 @@
+"""The scan as operators of torch, which a compiler sees whole: it neither looks inside nor unrolls the tokens.
+
+`mamba_probe::scan` takes what `selective_scan` takes, flat, and answers with a list: the output, the last state, what
+is emitted, in the order of `EMITTABLE` (but B and C, which are inputs and selected outside), and, for `train`, the
+states that the backward begins from. `mamba_probe::scan_backward` gives the gradients that are wanted.
+
+Checks, casts and the choice of a kernel are inside, and in the fake kernels too, which know sizes as symbols: wrong
+input is answered while a model is traced, and no length is compiled in. The backend triton goes back by its own
+kernels, from saved states; the gradient of the others is autograd's, of a scan that runs again. There is no second one.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mamba_probe.kernels.emission import EMITTABLE, Emission, Emit
+from mamba_probe.kernels.scan.arguments import Arguments, as_emit, as_limits, buffers, check
+
+__all__ = ["needs_grad", "scan"]
+
+TENSORS = ("x", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state", "seq_idx", "log_decay")
+"""Arguments that are tensors, in the operators' order; the options follow."""
+
+ARGUMENTS = (
+    "Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias,"
+    " Tensor? initial_state, Tensor? seq_idx, Tensor? log_decay, bool delta_softplus, float low, float high,"
+    " str discretization, str variables, int[]? tokens, int[]? channels, ScalarType? dtype, str backend, bool train"
+)
+N_OPTION = 10
+"""How many of them are options; the last two are `backend` and `train`."""
+
+LAZY = ("Conjugate", "Negative", "ADInplaceOrView", "AutogradFunctionality")
+"""Dispatch keys that may be excluded where an operator runs. Within a compiled graph, torch forgets a conj() inside of
+one, and under a dispatch mode it differentiates nothing there."""
+
+
+def needs_grad(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a gradient flows through a call with these arguments."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def scan(
+    tensors: Sequence[Tensor | None],
+    delta_softplus: bool,
+    delta_limits: tuple[float, float],
+    discretization: str,
+    emit: Emit | None,
+    backend: str,
+    checked: Arguments | None = None,
+) -> tuple[Tensor, Tensor, Emission]:
+    """A scan by its operator; `tensors` as in `TENSORS`, `backend` by its name, never "auto".
+
+    Arguments that are `checked` are for a call outside of any compiler: the same, in a third of the operator's time.
+    """
+    emit = as_emit(emit)
+    options = (
+        delta_softplus, *as_limits(delta_limits), discretization,
+        ",".join(emit.variables), emit.tokens, emit.channels, emit.dtype,
+        backend, backend == "triton" and needs_grad(tensors),
+    )  # fmt: skip
+    if checked is None:
+        out, last, *rest = torch.ops.mamba_probe.scan.default(*tensors, *options)
+    else:
+        out, last, *rest = _Direct.apply(checked, *tensors, *options)
+    found = dict(zip(_emitted(emit), rest, strict=False))
+    return out, last, Emission(**found, **_inputs(tensors, emit))
+
+
+def _inputs(tensors: Sequence[Tensor | None], emit: Emit) -> dict[str, Tensor]:
+    """B and C where they are emitted, at the tokens asked for."""
+    found = {}
+    for name in {"B", "C"}.intersection(emit.variables):
+        x, value = tensors[0], tensors[TENSORS.index(name)]
+        assert x is not None
+        assert value is not None
+        every = value if value.ndim == 4 else value.expand(*x.shape[:2], -1, -1)
+        found[name] = every.clone() if emit.tokens is None else every[:, list(emit.tokens)]
+    return found
+
+
+def _emitted(emit: Emit) -> list[str]:
+    """Names of what the operator emits, in order."""
+    return [name for name in EMITTABLE if name in emit.variables and name not in ("B", "C")]
+
+
+def _checked(tensors: Sequence[Any], options: Sequence[Any]) -> Arguments:
+    """The arguments of the operators as the backends take them."""
+    softplus, low, high, discretization, variables, tokens, channels, dtype, _, _ = options
+    emit = _emit(variables, tokens, channels, dtype)
+    return check(
+        **dict(zip(TENSORS, tensors, strict=True)), delta_softplus=softplus, delta_limits=(low, high),
+        discretization=discretization, emit=emit,
+    )  # fmt: skip
+
+
+def _emit(variables: str, tokens: Sequence[int] | None, channels: Sequence[int] | None, dtype: Any) -> Emit:
+    """What the operator is to emit: without B and C."""
+    return _known_emit(variables, tokens and tuple(tokens), channels and tuple(channels), dtype)
+
+
+@lru_cache(maxsize=64)
+def _known_emit(variables: str, tokens: Sequence[int] | None, channels: Sequence[int] | None, dtype: Any) -> Emit:
+    names = (name for name in variables.split(",") if name not in ("", "B", "C"))
+    return Emit(tuple(names), tokens, channels, dtype)
+
+
+def _module(name: str) -> Any:
+    from mamba_probe.kernels.scan import backend_module  # which imports this module
+
+    return backend_module(name)
+
+
+def _uncast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Autocast off: it would reach inside an operator, and a backward wherever that is called."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _whole_torch() -> ExitStack:
+    """Torch as it is outside of compiled graphs and dispatch modes (see `LAZY`)."""
+    stack = ExitStack()
+    for key in LAZY:
+        stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(getattr(torch._C.DispatchKey, key), False))
+    return stack
+
+
+def _forward(*arguments: Any) -> list[Tensor]:
+    """mamba_probe::scan."""
+    return _answer(_checked(arguments[:-N_OPTION], arguments[-N_OPTION:]), *arguments[-2:])
+
+
+def _answer(a: Arguments, backend: str, train: bool) -> list[Tensor]:
+    with _uncast(a.x), torch.no_grad(), _whole_torch() if a.A.is_complex() else nullcontext():
+        module = _module(backend)
+        states = module.empty_states(a) if train else []
+        out, last, emission = module.scan(a, *states)
+    return [out, *(each.contiguous() for each in (last, *(vars(emission)[name] for name in _emitted(a.emit)))), *states]
+
+
+def _fake_forward(*arguments: Any) -> list[Tensor]:
+    a, (*_, backend, train) = _checked(arguments[:-N_OPTION], arguments[-N_OPTION:]), arguments
+    module = _module(backend)
+    if backend == "triton":
+        module.check_arguments(a)
+    emitted = buffers(a)
+    last = a.x.new_empty(a.state_shape, dtype=a.state_dtype)
+    states = module.empty_states(a) if train else []
+    return [a.x.new_empty(a.x.shape), last, *(emitted[name] for name in _emitted(a.emit)), *states]
+
+
+def _backward(grads: list[Tensor | None], states: Tensor | None, *arguments: Any) -> list[Tensor]:
+    """mamba_probe::scan_backward."""
+    tensors, options, wanted = arguments[: len(TENSORS)], arguments[len(TENSORS) : -1], arguments[-1]
+    given: dict[str, Any] = dict(zip(TENSORS, tensors, strict=True))
+    names = wanted.split(",")
+    with _uncast(tensors[0]):
+        if options[-2] == "triton":
+            a = _checked(tensors, options)
+            upstream = dict(zip(("out", "last_state", *_emitted(a.emit)), grads, strict=False))
+            found = _module("triton").backward(a, states, upstream)
+            return [_as(given[name], found[name]) for name in names]
+        return _autograd(grads, given, names, options)
+
+
+def _as(given: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient in the form of what was given: a D (head,) came to be one number a channel."""
+    if gradient.shape == given.shape and gradient.dtype == given.dtype:
+        return gradient
+    gradient = gradient.sum(1) if given.ndim == 1 and gradient.shape[1:].numel() > 1 else gradient
+    return gradient.to(given.dtype).reshape(given.shape)
+
+
+def _autograd(
+    grads: list[Tensor | None], given: dict[str, Any], names: Sequence[str], options: Sequence[Any]
+) -> list[Tensor]:
+    """The gradients of a backend in plain torch, run again."""
+    with _whole_torch():
+        with torch.enable_grad():
+            given = given | {name: given[name].detach().requires_grad_() for name in names}
+            a = _checked(tuple(given.values()), options)
+            out, last, emission = _module(options[-2]).scan(a)
+            answers = (out, last, *(vars(emission)[name] for name in _emitted(a.emit)))
+        pairs = [pair for pair in zip(answers, grads, strict=True) if pair[1] is not None and pair[0].requires_grad]
+        outputs, above = zip(*pairs, strict=True)
+        found = torch.autograd.grad(outputs, [given[name] for name in names], above, materialize_grads=True)
+        # each its own memory: a gradient may be one of `grads`, or of another's
+        return [gradient.resolve_conj().clone(memory_format=torch.contiguous_format) for gradient in found]
+
+
+def _fake_backward(_grads: Any, _states: Any, *arguments: Any) -> list[Tensor]:
+    given = dict(zip(TENSORS, arguments, strict=False))
+    return [given[name].new_empty(given[name].shape) for name in arguments[-1].split(",")]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    tensors, ctx.options = inputs[:-N_OPTION], inputs[-N_OPTION:]
+    n_answer = 2 + len(_emitted(_emit(*ctx.options[4:8])))
+    states = output[n_answer] if len(output) > n_answer else None
+    if states is not None:
+        ctx.mark_non_differentiable(states)
+    ctx.save_for_backward(*tensors, states)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grads: Sequence[Tensor | None], direct: bool = False) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise ValueError(
+            'this scan has no second derivative (`create_graph=True`): use backend="cpu", outside of torch.compile'
+        )
+    *tensors, states = ctx.saved_tensors
+    wanted = [name for name, needed in zip(TENSORS, ctx.needs_input_grad[direct:], strict=False) if needed]
+    operator = _backward if direct else torch.ops.mamba_probe.scan_backward.default
+    found = operator(list(grads), states, *tensors, *ctx.options, ",".join(wanted))
+    return (*map(dict(zip(wanted, found, strict=True)).get, TENSORS), *[None] * N_OPTION)
+
+
+class _Direct(torch.autograd.Function):
+    """Both operators without torch's dispatcher, which calls Python four times for a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Arguments, *arguments: Any) -> tuple[Tensor, ...]:
+        answers = _answer(a, *arguments[-2:])
+        _save(ctx, arguments, answers)
+        return tuple(answers)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None, *_gradients(ctx, grads, direct=True))
+
+
+def _register() -> None:
+    """Once a process, and for good, whatever becomes of this module: torch keeps what these calls register.
+
+    The backward is registered below autograd's keys and without a formula, so that autograd works inside of it.
+    """
+    if hasattr(torch.ops.mamba_probe, "scan_backward"):
+        return
+    backward = f"(Tensor?[] grads, Tensor? states, {ARGUMENTS}, str wanted) -> Tensor[]"
+    for name, schema, kernel, fake in (
+        ("mamba_probe::scan", f"({ARGUMENTS}) -> Tensor[]", _forward, _fake_forward),
+        ("mamba_probe::scan_backward", backward, _backward, _fake_backward),
+    ):
+        torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(name, "CompositeExplicitAutograd", kernel)
+        torch.library.register_fake(name, fake)
+    torch.library.register_autograd("mamba_probe::scan", _gradients, setup_context=_save)
+
+
+_register()

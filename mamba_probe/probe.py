@@ -386,15 +386,18 @@ class Probe(AbstractContextManager["Probe"]):
 
         Raises:
             ValueError: both or neither kind of token, a position that not every row has, an unknown layer, wrong
-                shapes, or a backend without derivatives (triton).
+                shapes, or source_tokens with the backend triton, which has no forward-mode derivative.
         """
         self._check_unedited("jacobian")
         if any(tap.listener is not None for tap in self._taps.values()):
             raise ValueError("jacobian runs the model, and a recording is open on this probe: leave it first")
         if layer not in self._taps:
             raise unknown_name("layer", layer, [str(known) for known in self.layers])
-        if self.backend == "triton":
-            raise ValueError('the triton scan has no derivatives yet: attach with backend="cpu", on any device')
+        if self.backend == "triton" and source_tokens is not None:
+            raise ValueError(
+                "the triton scan has no forward-mode derivative, which source_tokens need: ask for query_tokens, or "
+                'attach with backend="cpu", on any device'
+            )
         adapter = next(adapter for adapter in self._adapters if adapter.layer == layer)
         given = checked_input(self.model, adapter.sizes.width, inputs, attention_mask, None, None)
         return measure_jacobian(

@@ -156,3 +156,16 @@ def test_an_exception_while_copies_are_under_way():
     for name in ("delta", "B", "C"):
         both = np.concatenate([alone[name].values] * 2, axis=1)
         np.testing.assert_array_equal(recorder.dataset[name].values, both)
+
+
+def test_the_jacobian_on_cuda_is_the_cpus(model):
+    """Reverse mode goes through the Triton scan's own backward."""
+    ids = torch.randint(1, 61, (2, 20), generator=torch.Generator().manual_seed(0))
+    with mp.attach(model) as probe:
+        cpu = probe.jacobian(ids, layer=probe.layers[0], query_tokens=[5, 19])["jacobian"].values
+    model.cuda()
+    with mp.attach(model) as probe:
+        gpu = probe.jacobian(ids, layer=probe.layers[0], query_tokens=[5, 19])["jacobian"].values
+        with pytest.raises(ValueError, match="no forward-mode derivative"):
+            probe.jacobian(ids, layer=probe.layers[0], source_tokens=[3])
+    assert np.abs(gpu - cpu).max() <= 2e-5 * np.abs(cpu).max()

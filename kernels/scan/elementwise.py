@@ -6,7 +6,18 @@
 import triton
 import triton.language as tl
 
-__all__ = ["LOG2E", "clamp", "decay", "phi1", "silu", "step_size"]
+__all__ = [
+    "LN2",
+    "LOG2E",
+    "clamp",
+    "decay",
+    "phi1",
+    "phi1_slope",
+    "silu",
+    "silu_and_slope",
+    "step_size",
+    "step_slope",
+]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -76,6 +87,22 @@ def step_size(raw, SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr
 
 
 @triton.jit
+def step_slope(raw, SOFTPLUS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """d step_size / d raw; at a limit itself 1, as torch's."""
+    slope = tl.full(raw.shape, 1.0, raw.dtype)
+    value = raw
+    if SOFTPLUS:
+        e = _exp(-tl.abs(raw))
+        slope = tl.where(raw > 20.0, 1.0, tl.where(raw < 0.0, e, 1.0) / (1.0 + e))
+        if LOW > 0.0 or HIGH != float("inf"):
+            value = step_size(raw, SOFTPLUS, 0.0, float("inf"))
+    if not SOFTPLUS or LOW > 0.0 or HIGH != float("inf"):
+        within = (value >= tl.full((1, 1), LOW, raw.dtype)) & (value <= tl.full((1, 1), HIGH, raw.dtype))
+        slope = tl.where(within, slope, 0.0)
+    return slope
+
+
+@triton.jit
 def silu(z, NARROW: tl.constexpr = False):
     """z / (1 + exp(-z)); what is rounded to 16 bits afterwards takes the fast way, wrong by 1e-6."""
     if NARROW:
@@ -83,6 +110,16 @@ def silu(z, NARROW: tl.constexpr = False):
         return z * (root * root)
     e = _exp(-tl.abs(z))
     return z * tl.where(z < 0.0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def silu_and_slope(z):
+    """silu(z) and its derivative."""
+    e = _exp(-tl.abs(z))
+    scale = 1.0 / (1.0 + e)
+    one = tl.where(z < 0.0, e, 1.0) * scale
+    other = tl.where(z < 0.0, 1.0, e) * scale
+    return z * one, one * (1.0 + z * other)
 
 
 @triton.jit
@@ -94,3 +131,14 @@ def phi1(z, exp_z):
     for k in tl.static_range(16, 1, -1):
         series = 1.0 + s * (1.0 / k) * series
     return tl.where(near, series, (exp_z - 1.0) / tl.where(near, 1.0, z))
+
+
+@triton.jit
+def phi1_slope(z, exp_z, phi):
+    """phi1'(z) = (exp(z) - phi1(z)) / z, by its series near 0."""
+    near = tl.abs(z) < 0.5
+    s = tl.where(near, z, 0.0)
+    series = 1.0 + s * 0.0
+    for k in tl.static_range(15, 0, -1):
+        series = 1.0 + s * ((k + 1.0) / (k * (k + 2.0))) * series
+    return tl.where(near, 0.5 * series, (exp_z - phi) / tl.where(near, 1.0, z))

@@ -3,7 +3,7 @@
 | A | kernel | its backward |
 |---|---|---|
 | (head, state), real | `fused`: chunks of tokens, decays of every state | `backward` |
-| (head,), real | `chunked`: matrix products within a chunk | none yet |
+| (head,), real | `chunked`: matrix products within a chunk | `chunked_backward` |
 
 mass and mass_distance are `mass`'s, after either, and have no gradient.
 """
@@ -52,10 +52,7 @@ def empty_states(a: Arguments) -> list[Tensor]:
     """Where a forward leaves what its backward begins from: one tensor, for the state before every SEGMENT-th token but
     the first; none where the backward needs none."""
     if a.scalar_A:
-        raise ValueError(
-            'backend "triton" is forward only for now where A is (head,), and an input requires grad: '
-            'use backend="cpu", or call under torch.no_grad()'
-        )
+        return []
     n_batch, *rest = a.state_shape
     n_state = blocks(a.n_token, fused.SEGMENT) - 1
     return [torch.empty((n_batch, n_state, *rest), dtype=a.dtype, device=a.x.device)]
@@ -63,11 +60,12 @@ def empty_states(a: Arguments) -> list[Tensor]:
 
 def backward(a: Arguments, states: Tensor | None, upstream: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     """Gradients by the names of `Arguments` (initial_state: of given_state), from those of what was answered."""
-    from mamba_probe.kernels.scan.backward import Upstream, backward  # another kernel, for training only
+    from mamba_probe.kernels.scan import backward as by_token
+    from mamba_probe.kernels.scan import chunked_backward
 
     check_arguments(a)
     with torch.cuda.device_of(a.x):
-        return backward(a, states, Upstream(**upstream))
+        return (chunked_backward if a.scalar_A else by_token).backward(a, states, by_token.Upstream(**upstream))
 
 
 def check_device(device: torch.device) -> None:

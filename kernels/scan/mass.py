@@ -25,12 +25,26 @@ import triton.language as tl
 from torch import Tensor
 
 from mamba_probe.kernels.scan.arguments import Arguments
+from mamba_probe.kernels.scan.discretization import Given
 from mamba_probe.kernels.scan.elementwise import LOG2E, decay, phi1, step_size
 from mamba_probe.kernels.scan.fused import REGISTERS, SHORTEST, WARPS, multiprocessors
 from mamba_probe.kernels.scan.launcher import blocks, fusible, padded, start
+from mamba_probe.kernels.scan.places import program_rows, states_at
 from mamba_probe.kernels.scan.rows import columns, from_columns, slices
 
 __all__ = ["Tile", "choose_tile", "launch", "mass_kernel"]
+
+
+class Form(NamedTuple):
+    """What the kernel is compiled for, beside its tile and the step sizes."""
+
+    H: tl.constexpr
+    N: tl.constexpr
+    DECAYS: tl.constexpr
+    KEPT_HEAD: tl.constexpr
+    FAR: tl.constexpr
+    ZOH: tl.constexpr
+    LOCAL: tl.constexpr
 
 
 @triton.jit
@@ -62,6 +76,79 @@ def _step(b_m, b_d, b_delta, b_A, b_B, b_log, i_start, FAR: tl.constexpr, ZOH: t
 
 
 @triton.jit
+def _entering(p_decay, p_m, p_d, o_state, m_state, o_decay, m_decay, i_batch, i_chunk, n_chunk, chunk,
+              dtype: tl.constexpr, form: tl.constexpr):  # fmt: skip
+    """m and d before a chunk: what the chunks before it left, in order; else nothing."""
+    b_m = tl.zeros(o_state.shape, dtype)
+    b_d = tl.zeros(o_state.shape, dtype)
+    if not form.LOCAL and p_m is not None:
+        for i_earlier in tl.range(0, i_chunk, loop_unroll_factor=4):
+            i_left = i_batch * (n_chunk - 1) + i_earlier
+            b_a = decay(tl.load(p_decay + i_left * (form.H * form.DECAYS) + o_decay, mask=m_decay, other=0.0))
+            o_left = i_left * (form.H * form.N) + o_state
+            if form.FAR:
+                b_d = b_a * (b_d + b_m * chunk) + tl.load(p_d + o_left, mask=m_state, other=0.0)
+            b_m = b_a * b_m + tl.load(p_m + o_left, mask=m_state, other=0.0)
+    return b_m, b_d
+
+
+@triton.jit
+def _walk(b_m, b_d, b_whole, b_delta, b_Bs, b_Cs, b_A, given, log_strides, o_log, m_decay, i_batch, n_token, t, stop,
+          form: tl.constexpr):  # fmt: skip
+    """A block of tokens, one after another: m, d and (LOCAL) the log2 of the decay after them; and of each token, by
+    head, the sums over states of C m and C d."""
+    dtype: tl.constexpr = b_m.dtype
+    deltas = columns(b_delta)
+    masses = ()
+    fars = ()
+    for j in tl.static_range(b_delta.shape[1] // 4):
+        b_four = tl.abs(b_Bs[j].to(dtype))
+        if not form.LOCAL:
+            b_four = tl.join(b_four, tl.abs(b_Cs[j].to(dtype)))  # one way through shared memory for both
+        BCs = slices(b_four)
+        for u in tl.static_range(4):
+            i_token = tl.minimum(t + 4 * j + u, stop - 1).to(tl.int64)
+            b_log = None
+            if given.log_decay is not None:
+                p_log = given.log_decay + i_token * log_strides[1] + o_log
+                b_log = tl.load(p_log, mask=m_decay, other=0.0).to(dtype)
+            i_start = None
+            if given.starts is not None:
+                i_start = tl.load(given.starts + i_batch * n_token + i_token)
+            if form.LOCAL:
+                b_B = BCs[u]
+            else:
+                b_B, b_C = tl.split(BCs[u])
+            b_delta_t = deltas[4 * j + u][:, None, None]
+            b_m, b_d, b_log2 = _step(b_m, b_d, b_delta_t, b_A, b_B, b_log, i_start, form.FAR, form.ZOH)
+            if form.LOCAL:
+                b_whole += b_log2
+            else:
+                masses = masses + (tl.sum(tl.sum(b_m * b_C, axis=2), axis=1),)
+                if form.FAR:
+                    fars = fars + (tl.sum(tl.sum(b_d * b_C, axis=2), axis=1),)
+    return b_m, b_d, b_whole, masses, fars
+
+
+@triton.jit
+def _answer(e_mass, e_distance, p_token_slot, masses, fars, b_slot, m_now, i_batch, n_kept_token, t, stop,
+            form: tl.constexpr):  # fmt: skip
+    """Store mass and mass_distance of a block's tokens, where they are asked for."""
+    o_token = tl.arange(0, m_now.shape[1])
+    b_token = t + o_token
+    m_kept = m_now
+    if p_token_slot is not None:
+        b_token = tl.load(p_token_slot + t + o_token, mask=t + o_token < stop, other=-1)
+        m_kept = m_now & (b_token >= 0)[None, :]
+    o_kept = (i_batch * n_kept_token + b_token.to(tl.int64))[None, :] * form.KEPT_HEAD + b_slot[:, None]
+    b_mass = from_columns(masses)
+    if e_mass is not None:
+        tl.store(e_mass + o_kept, b_mass, mask=m_kept)
+    if form.FAR:
+        tl.store(e_distance + o_kept, from_columns(fars) / b_mass, mask=m_kept)
+
+
+@triton.jit
 def mass_kernel(
     p_delta, p_A, p_B, p_C, p_bias, p_starts, p_log, p_decay, p_m, p_d, p_token_slot, p_head_slot, e_mass, e_distance,
     delta_strides, B_strides, C_strides, log_strides, n_token, n_seen, n_chunk, chunk, n_kept_token,
@@ -72,17 +159,15 @@ def mass_kernel(
     """Grid: blocks of heads x chunks x (batch x group). A state is (high, low), low contiguous in memory. A head has
     DECAYS decays, N or one for all its states."""
     LOCAL: tl.constexpr = p_C is None
+    form: tl.constexpr = Form(H, N, DECAYS, KEPT_HEAD, FAR, ZOH, LOCAL)
     dtype: tl.constexpr = p_A.dtype.element_ty
     i_chunk = tl.program_id(1)
-    i_batch = (tl.program_id(2) // G).to(tl.int64)
-    i_group = tl.program_id(2) % G
-    o_local = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    o_head = (i_group * (H // G) + o_local).to(tl.int64)
+    at = program_rows(H, 1, G, BLOCK_R)
+    o_head = at.head.to(tl.int64)
     o_token = tl.arange(0, BLOCK_T)
-    o_v = tl.arange(0, HIGH)[None, :, None] * LOW + tl.arange(0, LOW)[None, None, :]
-    m_v = o_v < N
-    m_row = o_local < H // G
+    o_v, m_v = states_at(HIGH, LOW, N)
     b_slot = o_head
+    m_row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R) < H // G  # asked, even where all are
     if p_head_slot is not None:
         b_slot = tl.load(p_head_slot + o_head, mask=m_row, other=-1).to(tl.int64)
         m_row = m_row & (b_slot >= 0)
@@ -97,29 +182,20 @@ def mass_kernel(
         m_decay = m_state
     b_A = tl.load(p_A + o_decay, mask=m_decay, other=0.0) * LOG2E
     b_bias = 0.0 if p_bias is None else tl.load(p_bias + o_head, mask=m_row, other=0.0)[:, None]
-    p_B += i_batch * B_strides[0] + i_group * B_strides[2]
-    if p_C is not None:
-        p_C += i_batch * C_strides[0] + i_group * C_strides[2]
-    p_delta += i_batch * delta_strides[0]
+    p_B += at.batch * B_strides[0] + at.group * B_strides[2]
+    if not LOCAL:
+        p_C += at.batch * C_strides[0] + at.group * C_strides[2]
+    p_delta += at.batch * delta_strides[0]
     o_delta = o_head[:, None] * delta_strides[2]
+    o_log = o_head[:, None, None] * log_strides[2]
     if p_log is not None:
-        p_log += i_batch * log_strides[0]
-        o_log = o_head[:, None, None] * log_strides[2]
+        p_log += at.batch * log_strides[0]
         if DECAYS > 1:
             o_log += o_v * log_strides[3]
-
-    # what the chunks before this one left
-    b_m = tl.zeros((BLOCK_R, HIGH, LOW), dtype)
-    b_d = tl.zeros((BLOCK_R, HIGH, LOW), dtype)
+    given = Given(p_starts, p_log)
+    b_m, b_d = _entering(p_decay, p_m, p_d, o_state, m_state, o_decay, m_decay, at.batch, i_chunk, n_chunk, chunk,
+                         dtype, form)  # fmt: skip
     b_whole = tl.zeros(b_A.shape, dtype)
-    if not LOCAL and p_m is not None:
-        for i_earlier in tl.range(0, i_chunk, loop_unroll_factor=4):
-            i_left = i_batch * (n_chunk - 1) + i_earlier
-            b_a = decay(tl.load(p_decay + i_left * (H * DECAYS) + o_decay, mask=m_decay, other=0.0))
-            o_left = i_left * (H * N) + o_state
-            if FAR:
-                b_d = b_a * (b_d + b_m * chunk) + tl.load(p_d + o_left, mask=m_state, other=0.0)
-            b_m = b_a * b_m + tl.load(p_m + o_left, mask=m_state, other=0.0)
 
     # the first block; what is loaded in the loop belongs to the next
     o_next = (start + o_token).to(tl.int64)[None, :]
@@ -137,49 +213,15 @@ def mass_kernel(
         n_raw = tl.load(p_delta + o_delta + o_next * delta_strides[1], mask=m_next, other=0.0)
         n_B = _load_tokens(p_B, B_strides, o_v, m_v, t + BLOCK_T, stop, BLOCK_T)
         n_C = n_B if LOCAL else _load_tokens(p_C, C_strides, o_v, m_v, t + BLOCK_T, stop, BLOCK_T)
-        deltas = columns(b_delta)
-        masses = ()
-        fars = ()
-        for j in tl.static_range(BLOCK_T // 4):
-            b_four = tl.abs(b_Bs[j].to(dtype))
-            if not LOCAL:
-                b_four = tl.join(b_four, tl.abs(b_Cs[j].to(dtype)))  # one way through shared memory for both
-            BCs = slices(b_four)
-            for u in tl.static_range(4):
-                i_token = tl.minimum(t + 4 * j + u, stop - 1).to(tl.int64)
-                b_log = None
-                if p_log is not None:
-                    b_log = tl.load(p_log + i_token * log_strides[1] + o_log, mask=m_decay, other=0.0).to(dtype)
-                i_start = None
-                if p_starts is not None:
-                    i_start = tl.load(p_starts + i_batch * n_token + i_token)
-                if LOCAL:
-                    b_B = BCs[u]
-                else:
-                    b_B, b_C = tl.split(BCs[u])
-                b_delta_t = deltas[4 * j + u][:, None, None]
-                b_m, b_d, b_log2 = _step(b_m, b_d, b_delta_t, b_A, b_B, b_log, i_start, FAR, ZOH)
-                if LOCAL:
-                    b_whole += b_log2
-                else:
-                    masses = masses + (tl.sum(tl.sum(b_m * b_C, axis=2), axis=1),)
-                    if FAR:
-                        fars = fars + (tl.sum(tl.sum(b_d * b_C, axis=2), axis=1),)
+        b_m, b_d, b_whole, masses, fars = _walk(
+            b_m, b_d, b_whole, b_delta, b_Bs, b_Cs, b_A, given, log_strides, o_log, m_decay, at.batch, n_token, t, stop,
+            form)  # fmt: skip
         if not LOCAL:
-            b_token = t + o_token
-            m_kept = m_now
-            if p_token_slot is not None:
-                b_token = tl.load(p_token_slot + t + o_token, mask=t + o_token < stop, other=-1)
-                m_kept = m_now & (b_token >= 0)[None, :]
-            o_kept = (i_batch * n_kept_token + b_token.to(tl.int64))[None, :] * KEPT_HEAD + b_slot[:, None]
-            b_mass = from_columns(masses)
-            if e_mass is not None:
-                tl.store(e_mass + o_kept, b_mass, mask=m_kept)
-            if FAR:
-                tl.store(e_distance + o_kept, from_columns(fars) / b_mass, mask=m_kept)
+            _answer(e_mass, e_distance, p_token_slot, masses, fars, b_slot, m_now, at.batch, n_kept_token, t, stop,
+                    form)  # fmt: skip
 
     if LOCAL:
-        i_left = i_batch * (n_chunk - 1) + i_chunk
+        i_left = at.batch * (n_chunk - 1) + i_chunk
         o_left = i_left * (H * N) + o_state
         tl.store(p_decay + i_left * (H * DECAYS) + o_decay, b_whole, mask=m_decay)
         tl.store(p_m + o_left, b_m, mask=m_state)

@@ -57,13 +57,14 @@ def test_cpu_tensors_are_refused_with_the_two_ways_out(oracle):
 def test_gradients_are_refused_by_name():
     code = (
         "import torch; from mamba_probe.kernels.scan import selective_scan; one = torch.ones(1, 2, 1, 1)\n"
-        "inputs = one, one[..., 0], one[0, 0, :, 0], one, one, torch.ones(1, requires_grad=True)\n"
-        "with torch.no_grad(): print(selective_scan(*inputs, backend='triton').y)\n"
-        "selective_scan(*inputs, backend='triton')"
+        "from mamba_probe.kernels.scan import Emit\n"
+        "inputs = one, one[..., 0], one[0, 0, :, 0], one, one.clone().requires_grad_(), torch.ones(1)\n"
+        "found = selective_scan(*inputs, backend='triton', emit=Emit(('mass',))); print(found.y.detach())\n"
+        "found.emission.mass.sum().backward()"
     )
     done = python("-c", code, TRITON_INTERPRET="1")
     assert done.stdout.startswith("tensor"), done.stderr
-    assert 'ValueError: backend "triton" is forward only for now where A is (head,)' in done.stderr
+    assert 'ValueError: backend "triton" has no gradient of the emitted `mass`' in done.stderr
     assert 'use backend="cpu"' in done.stderr
 
 

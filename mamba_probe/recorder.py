@@ -113,6 +113,8 @@ class Recorder:
             attrs = self._attrs | {"edits": "; ".join(self._edits)}
             self._dataset = _assemble(self._plan, self._blocks, self._statics, attrs, self._courier)
             self._courier.wait()
+            if self._keep == "host":  # the trace has their memory now
+                self._blocks = []
         return self._dataset
 
     @property
@@ -158,8 +160,6 @@ class Recorder:
     def close(self) -> None:
         """The block is left: `dataset` is the trace of every whole call, where there was one."""
         self._closed, self._open = True, None
-        if self._keep == "host" and self._calls:
-            self._dataset, self._blocks = self.dataset, []
         self._courier.wait()
 
     # -- from the taps -------------------------------------------------------------------------------------------

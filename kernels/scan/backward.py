@@ -9,6 +9,7 @@ program, and summed in one order.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -72,13 +73,19 @@ def choose_tile(a: Arguments) -> Tile:
         rows, warps = rows // 2, 1
     programs = blocks(group_rows, rows) * a.x.shape[0] * a.B.shape[2]
     slots = WARPS // warps * multiprocessors(a.x.device)
+    return Tile(rows, chunks=_choose_chunks(programs, slots, a.n_token), warps=warps)
+
+
+@cache
+def _choose_chunks(programs: int, slots: int, n_token: int) -> int:
+    """Of whole segments, where `slots` programs run at once."""
 
     def cost(chunks: int) -> float:
-        used = blocks(a.n_token, blocks(blocks(a.n_token, chunks), SEGMENT) * SEGMENT)
+        used = blocks(n_token, blocks(blocks(n_token, chunks), SEGMENT) * SEGMENT)
         rounds = blocks(programs * used, slots) * slots / (programs * used)
         return rounds * (1 + LOCAL_COST * (used - 1) / used)
 
-    return Tile(rows, chunks=min(range(1, max(1, a.n_token // SEGMENT) + 1), key=cost), warps=warps)
+    return min(range(1, max(1, n_token // SEGMENT) + 1), key=cost)
 
 
 def backward(a: Arguments, states: Tensor | None, given: Upstream, tile: Tile | None = None) -> dict[str, Tensor]:

@@ -15,8 +15,8 @@ Deterministic: what is a sum over heads (dB, dC), tokens or batch items (dA, dD,
 a program, and summed in one order.
 
 Where x is bfloat16, so is what is multiplied: h, e, dy and the weights of a chunk. Gradients of 16-bit inputs are then
-right to their type; those of A, delta_bias and log_decay, if they are float32, have the accuracy of such products too,
-about 2e-3 of the largest, as mamba_ssm's have. For any other x products are exact (`products`).
+right to their type; those of A, delta_bias and log_decay, if they are float32, have the accuracy of such products too:
+what rounding the inputs once more would change. For any other x, and for small heads, products are exact (`products`).
 
 A gradient of the emitted h, as large as all else together, goes the plain way: A is repeated over the states, `fused`
 runs once more for the states that its own backward begins from, and that backward does the rest, token after token.

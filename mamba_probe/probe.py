@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
@@ -283,7 +282,7 @@ class Probe(AbstractContextManager["Probe"]):
             self.model.register_forward_hook(_untraced(end), always_call=True),
         ]
         try:
-            self._listen(_Untraced(_untraced(recorder.wants), _untraced(recorder.receive)))
+            self._listen(_Untraced(recorder))
             yield
         finally:
             self._listen(None)
@@ -435,12 +434,17 @@ def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
 
 
-@dataclass(frozen=True)
 class _Untraced:
-    """A listener."""
+    """A listener that a compiler does not look into."""
 
-    wants: Callable[[int, bool, int], Emit | None]
-    receive: Callable[[Call], None]
+    def __init__(self, listener: Listener):
+        self._wants, self._receive = _untraced(listener.wants), _untraced(listener.receive)
+
+    def wants(self, layer: int, continues: bool, length: int) -> Emit | None:
+        return self._wants(layer, continues, length)
+
+    def receive(self, call: Call) -> None:
+        self._receive(call)
 
 
 @contextmanager

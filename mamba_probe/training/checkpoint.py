@@ -1,0 +1,129 @@
+"""A training on disk: one file, written whole or not at all, without pickle."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mamba_probe.training.config import Config
+
+__all__ = ["CHECKPOINT", "Point", "exists", "restore", "store", "write_whole"]
+
+CHECKPOINT = "checkpoint.safetensors"
+FREE = ("device",)
+"""Fields that a resumed training may change: where it runs, not what it is."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluation: after `step` steps and `seconds` of training.
+
+    `loss` is the mean over the steps since the last evaluation, in nats a query, infinite where it is not finite;
+    `correct` of `total` validation queries were answered.
+    """
+
+    step: int
+    loss: float
+    correct: int
+    total: int
+    seconds: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the validation queries answered."""
+        return self.correct / self.total
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that at every instant its path holds the old content or the new one, on disk."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    with unfinished.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(unfinished, path)
+
+
+def exists(directory: str | PathLike[str]) -> bool:
+    """Whether a directory holds a training."""
+    return (Path(directory) / CHECKPOINT).is_file()
+
+
+def store(
+    directory: str | PathLike[str], config: Config, model: nn.Module, optimizer: torch.optim.Optimizer,
+    curve: tuple[Point, ...],
+) -> Path:  # fmt: skip
+    """Write weights, the optimiser's moments, config and curve, as one safetensors file.
+
+    Nothing random needs storing: data are a function of seed and step.
+    """
+    from safetensors.torch import save
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        tensors |= {f"{kind}.{name}": tensor for kind, tensor in optimizer.state[parameter].items()}
+    said = {"config": config.to_json(), "curve": json.dumps([asdict(point) for point in curve])}
+    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata=said)
+    write_whole(directory / CHECKPOINT, data)
+    return directory / CHECKPOINT
+
+
+def restore(
+    directory: str | PathLike[str], config: Config, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[Point, ...]:
+    """Fill model and optimiser with what `store` wrote, and return the curve.
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        ValueError: it is damaged, or of another training: the fields that differ are named.
+    """
+    path = Path(directory) / CHECKPOINT
+    tensors, said = _read(path)
+    _same(path, config, Config.from_json(said["config"]))
+    model.load_state_dict({name: tensors.pop(f"model.{name}") for name in model.state_dict()})
+    for name, parameter in model.named_parameters():
+        kinds = [key.removesuffix(f".{name}") for key in tensors if key.endswith(f".{name}")]
+        optimizer.state[parameter] = {
+            kind: _placed(tensors[f"{kind}.{name}"], kind, parameter, optimizer) for kind in kinds
+        }
+    return tuple(Point(**point) for point in json.loads(said["curve"]))
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            said = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it to train from the start") from error
+    if not {"config", "curve"} <= said.keys():
+        raise ValueError(f"{path} is no checkpoint of a training: it lacks its config and curve")
+    return tensors, said
+
+
+def _same(path: Path, wanted: Config, found: Config) -> None:
+    names = [field.name for field in fields(Config) if field.name not in FREE]
+    differ = [f"{n} {getattr(found, n)!r}, not {getattr(wanted, n)!r}" for n in names if _differ(wanted, found, n)]
+    if differ:
+        raise ValueError(f"{path} is of another training ({'; '.join(differ)}): choose another directory")
+
+
+def _differ(wanted: Config, found: Config, name: str) -> bool:
+    return getattr(wanted, name) != getattr(found, name)
+
+
+def _placed(tensor: Tensor, kind: str, parameter: Tensor, optimizer: torch.optim.Optimizer) -> Any:
+    """A moment beside its parameter; the count of steps on the CPU, but for a fused optimiser."""
+    beside = kind != "step" or optimizer.defaults["fused"]
+    return tensor.to(parameter.device if beside else "cpu")

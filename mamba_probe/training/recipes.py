@@ -1,0 +1,105 @@
+"""What the zoo's trained checkpoints are: data, in one place. `python -m mamba_probe.training NAME` trains one."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mamba_probe.training.config import Config
+from mamba_probe.training.sweep import LEARNING_RATES
+
+__all__ = ["RECIPES", "Recipe"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checkpoint to train.
+
+    Arguments:
+        name: of the checkpoint, `zoo:NAME` once it ships.
+        what: it is, in a sentence.
+        config: of its training; the learning rate is swept.
+        expected: least and greatest accuracy on unseen rows that the recipe is for.
+        learning_rates: to try.
+        trial: steps of a trial; None is a quarter of all.
+        beyond: changes of the task that the card counts too.
+    """
+
+    name: str
+    what: str
+    config: Config
+    expected: tuple[float, float]
+    learning_rates: tuple[float, ...]
+    trial: int | None = None
+    beyond: tuple[Mapping[str, Any], ...] = ()
+
+
+EIGHT = tuple(round(10 ** (-3.5 + power / 4), 6) for power in range(8))
+"""From 3.2e-4 to 1.8e-2: so many are tried before a model is said to fail."""
+LENGTHS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+"""That a Mamba learns to keep a token over, from short to long; at the longest alone it does not begin to."""
+MQAR = {"name": "mqar", "length": 64, "n_pairs": 8, "vocab": 256}
+MANY = {"name": "mqar", "length": 128, "n_pairs": 16, "vocab": 256}
+KINDS = {"mamba1": "Mamba-1", "mamba2": "Mamba-2", "s4d": "S4D"}
+SOLVES, FAILS, SOME = (0.95, 1.0), (0.0, 0.5), (0.0, 1.0)
+
+
+def _recall(kind: str, layers: int, sizes: Mapping[str, int], steps: int = 4000) -> Recipe:
+    mixer = {"kind": kind, **sizes}
+    config = Config(MQAR, mixer, layers=layers, steps=steps, batch=128, every=100, stop_at=0.995)
+    what = (
+        f"A {layers}-layer {KINDS[kind]} language model trained on multi-query associative recall: 8 pairs, 128 values."
+    )
+    beyond = ({"length": 128}, {"length": 256}, {"length": 128, "n_pairs": 16})
+    return Recipe(f"trained-mqar-{kind}", what, config, SOLVES, LEARNING_RATES, beyond=beyond)
+
+
+def _too_small(kind: str, sizes: Mapping[str, int]) -> Recipe:
+    config = Config(MANY, {"kind": kind, **sizes}, layers=1, steps=2000, batch=128, every=100, stop_at=0.995)
+    what = f"A 1-layer {KINDS[kind]} language model too small for the recall it was trained on: 16 pairs, 128 values."
+    return Recipe(f"trained-mqar-{kind}-small", what, config, FAILS, EIGHT)
+
+
+def _convolution(d_conv: int, name: str, what: str, expected: tuple[float, float]) -> Recipe:
+    mixer = {"kind": "mamba1", "d_model": 64, "d_state": 16, "d_conv": d_conv}
+    config = Config(MQAR, mixer, layers=1, steps=3000, batch=128, every=100, stop_at=0.995)
+    return Recipe(name, f"A 1-layer Mamba-1 language model {what}, trained on recall.", config, expected, EIGHT)
+
+
+def _keep(kind: str, length: int, sizes: Mapping[str, int]) -> Recipe:
+    """S4D's kernel knows one lag, and so one length: it is trained at that alone. All train to their last step."""
+    task = {"name": "keep_nth", "length": length, "n": 5, "n_tokens": 16}
+    mixture = [{"length": each} for each in LENGTHS if each <= length] if kind != "s4d" else []
+    steps, rates = (3000, LEARNING_RATES) if kind != "s4d" else (2000, (2e-3, 1e-2))
+    config = Config(task, {"kind": kind, **sizes}, layers=2, steps=steps, batch=64, every=100, mixture=mixture)
+    what = f"A 2-layer {KINDS[kind]} language model trained to return token 5 of {length} at the end."
+    return Recipe(f"trained-keep-{kind}-{length}", what, config, SOME, rates)
+
+
+def _induction() -> Recipe:
+    """The Mamba paper trains such a model at a constant rate; batch and steps are ours."""
+    task = {"name": "induction", "length": 256, "vocab": 16}
+    mixer = {"kind": "mamba1", "d_model": 64, "d_state": 16}
+    config = Config(task, mixer, layers=2, steps=6000, batch=64, every=250, schedule="constant", weight_decay=0.0)
+    what = "A 2-layer Mamba-1 language model trained on induction heads at 256 tokens (the task of arXiv 2312.00752)."
+    beyond = tuple({"length": 2**power} for power in (6, 9, 10, 12, 14))
+    return Recipe("trained-induction-mamba1", what, config, SOLVES, (1e-3, 2e-3, 5e-3), trial=1500, beyond=beyond)
+
+
+def _all() -> Sequence[Recipe]:
+    return (
+        _recall("mamba1", 2, {"d_model": 64, "d_state": 32}),
+        _recall("mamba2", 2, {"d_model": 64, "d_state": 32, "n_heads": 4}),
+        _recall("s4d", 1, {"d_model": 64, "d_inner": 1536, "d_state": 2}, steps=6000),
+        _convolution(4, "trained-mqar-conv", "with its convolution", SOLVES),
+        _convolution(1, "trained-mqar-no-conv", "without convolution (one tap)", (0.0, 0.2)),
+        _induction(),
+        *(_keep("mamba1", length, {"d_model": 32, "d_state": 16}) for length in (64, 256, 1024)),
+        *(_keep("s4d", length, {"d_model": 32, "d_state": 16}) for length in (64, 256, 1024)),
+        _too_small("mamba1", {"d_model": 16, "d_state": 2}),
+        _too_small("mamba2", {"d_model": 16, "d_state": 2, "n_heads": 4}),
+        _too_small("s4d", {"d_model": 16, "d_state": 2}),
+    )
+
+
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _all()}
+"""Every recipe by its name, in the order in which they are trained."""

@@ -1,6 +1,9 @@
-"""The independent oracle as a fixture; `oracle.py` is a plain module since the interpreted script imports it too."""
+"""The independent oracle as a fixture; `oracle.py` is a plain module since the interpreted scripts import it too."""
 
+import os
+import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -18,3 +21,20 @@ def oracle() -> ModuleType:
     module = sys.modules["scan_oracle"] = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def script() -> Callable[..., list[str]]:
+    """Runs a script of this folder in a fresh interpreter, in which Triton was not imported yet; answers its lines.
+
+    TRITON_INTERPRET stays out of this process.
+    """
+
+    def run(name: str, *arguments: str, **environment: str) -> list[str]:
+        clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        command = [sys.executable, "-W", "ignore", Path(__file__).with_name(name), *arguments]
+        done = subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=590)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout.splitlines()
+
+    return run

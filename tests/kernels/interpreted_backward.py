@@ -90,8 +90,9 @@ def of_dtype(given, dtype):
     }
 
 
-def holds(given, emit=None, tile=TILES[0], asked=None):
-    """Of `asked`, all of what is answered where None, the gradients back to every argument."""
+def compared(given, emit, asked, go_back, exactly=1e-12):
+    """Of `asked`, all of what is answered where None, the gradients back to every argument, by `go_back(a, upstream)`
+    and by autograd; in float64 `exactly` that near."""
     double = of_dtype(given, torch.float64)
     exact_answers = answers(checked(double, emit))
     generator = torch.Generator().manual_seed(5)
@@ -104,17 +105,21 @@ def holds(given, emit=None, tile=TILES[0], asked=None):
     }
     exact = autograd(double, emit, upstream)
     plain = autograd(of_dtype(given, torch.float32), emit, upstream)
-    found = backward(a, saved(a, tile), Upstream(**upstream), tile)
+    found = go_back(a, Upstream(**upstream))
     if given.get("D") is not None and given["D"].ndim == 1:
         found["D"] = found["D"].sum(1)
     assert set(found) == set(exact), set(found) ^ set(exact)
     for name, value in found.items():
         assert value.shape == exact[name].shape, name
         assert value.dtype == given[name].dtype, name
-        limit = 1e-12 if value.dtype == torch.float64 else max(1e-5, 2 * error(plain[name], exact[name]))
+        limit = exactly if value.dtype == torch.float64 else max(1e-5, 2 * error(plain[name], exact[name]))
         if value.dtype in (torch.bfloat16, torch.float16):
             limit = max(limit, torch.finfo(value.dtype).eps)
         assert error(value, exact[name]) <= limit, (name, error(value, exact[name]), limit)
+
+
+def holds(given, emit=None, tile=TILES[0], asked=None):
+    compared(given, emit, asked, lambda a, upstream: backward(a, saved(a, tile), upstream, tile))
 
 
 def block(features, rows, tile, state, emit):

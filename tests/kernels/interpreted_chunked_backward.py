@@ -9,7 +9,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from interpreted_backward import PER_TOKEN, STATES, answers, autograd, checked, error, of_dtype
+from interpreted_backward import PER_TOKEN, checked, compared
 from oracle import cast, draw, featured
 from triton.runtime.errors import OutOfResources
 
@@ -37,30 +37,7 @@ PAIRWISE = (  # features, groups, head_channel, state, tile, what is emitted
 
 
 def holds(given, emit=None, tile=TILES[1], asked=None):
-    """Of `asked`, all of what is answered where None, the gradients back to every argument."""
-    double = of_dtype(given, torch.float64)
-    exact_answers = answers(checked(double, emit))
-    generator = torch.Generator().manual_seed(5)
-    dtypes = {"out": given["x"].dtype, "delta_cumsum": torch.float64}
-    dtypes |= dict.fromkeys(STATES, emit.dtype) if emit and emit.dtype else {}
-    a = checked(given, emit)
-    upstream = {
-        name: torch.randn(exact_answers[name].shape, generator=generator).to(dtypes.get(name, a.dtype))
-        for name in (asked or exact_answers)
-    }
-    exact = autograd(double, emit, upstream)
-    plain = autograd(of_dtype(given, torch.float32), emit, upstream)
-    found = backward(a, None, Upstream(**upstream), tile)
-    if given.get("D") is not None and given["D"].ndim == 1:
-        found["D"] = found["D"].sum(1)
-    assert set(found) == set(exact), set(found) ^ set(exact)
-    for name, value in found.items():
-        assert value.shape == exact[name].shape, name
-        assert value.dtype == given[name].dtype, name
-        limit = 1e-10 if value.dtype == torch.float64 else max(1e-5, 2 * error(plain[name], exact[name]))
-        if value.dtype in (torch.bfloat16, torch.float16):
-            limit = max(limit, torch.finfo(value.dtype).eps)
-        assert error(value, exact[name]) <= limit, (name, error(value, exact[name]), limit)
+    compared(given, emit, asked, lambda a, upstream: backward(a, None, upstream, tile), exactly=1e-10)
 
 
 def drawn(batch=1, token=37, group=1, shape=(4, 3, 5), features=(), dtype=None):

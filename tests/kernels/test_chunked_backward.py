@@ -1,42 +1,29 @@
 """The backward of A (head,) without a GPU: through Triton's interpreter, and compiled for an H200."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 
-def script(name, *arguments, **environment):
-    """A fresh interpreter, in which Triton was not imported yet; TRITON_INTERPRET stays out of this process."""
-    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", Path(__file__).with_name(name), *arguments]
-    done = subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=590)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.splitlines()
-
-
-def test_interpreted_gradients_hold_the_bound():
+def test_interpreted_gradients_hold_the_bound(script):
     assert len(script("interpreted_chunked_backward.py", TRITON_INTERPRET="1")) == 32
 
 
 @pytest.mark.long
-def test_interpreted_gradients_of_every_pair_of_features():
+def test_interpreted_gradients_of_every_pair_of_features(script):
     assert len(script("interpreted_chunked_backward.py", "all", TRITON_INTERPRET="1")) == 76
 
 
-def taken(dtype):
+def taken(script, dtype):
     found = [json.loads(line) for line in script("resources_chunked_backward.py", dtype)]
     names = ["steps", "boundary", "inputs", "projections", "steps_backward"]
     assert [one["kernel"] for one in found] == [f"{name}_kernel" for name in names]
     return dict(zip(names, found, strict=True))
 
 
-def test_the_kernels_compile_for_an_h200():
+def test_the_kernels_compile_for_an_h200(script):
     """Two programs on an SM; what is spilled is little beside the products."""
-    found = taken("bfloat16")
+    found = taken(script, "bfloat16")
     assert max(one["shared"] for one in found.values()) <= 113 * 1024
     assert found["boundary"]["reg"] <= 128
     for name, limit in {"steps": 0, "boundary": 0, "inputs": 160, "projections": 256, "steps_backward": 0}.items():
@@ -44,8 +31,8 @@ def test_the_kernels_compile_for_an_h200():
 
 
 @pytest.mark.long
-def test_exact_products_fit_an_h200():
+def test_exact_products_fit_an_h200(script):
     """Of float32 inputs: what is split spills, but it runs."""
-    found = taken("float32")
+    found = taken(script, "float32")
     assert max(one["shared"] for one in found.values()) <= 227 * 1024
     assert found["boundary"]["stack"] <= 64

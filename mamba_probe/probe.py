@@ -1,7 +1,6 @@
 """The probe: attach to a live model, record, edit, compare, detach."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
@@ -18,8 +17,7 @@ from mamba_probe.hooks import Edit
 from mamba_probe.inputs import ModelInput, checked_input
 from mamba_probe.jacobian import measure_jacobian
 from mamba_probe.keeping import KEEPS
-from mamba_probe.kernels.emission import Emit
-from mamba_probe.mixers import Call, Listener, Tap, find_mixers
+from mamba_probe.mixers import Listener, Tap, find_mixers
 from mamba_probe.parity import measure_parity
 from mamba_probe.planning import checked_plan
 from mamba_probe.recorder import Plan, Recorder
@@ -27,6 +25,7 @@ from mamba_probe.tasks import Task
 from mamba_probe.trace.contract import unknown_name
 from mamba_probe.trace.schema import DEFAULT_VARIABLES
 from mamba_probe.trace.store import check_free, save
+from mamba_probe.untraced import UntracedListener, untraced
 from mamba_probe.weights import read_statics, read_weights
 
 __all__ = ["Probe", "attach", "detach"]
@@ -278,11 +277,11 @@ class Probe(AbstractContextManager["Probe"]):
             recorder.end(getattr(output, "logits", None))
 
         handles = [
-            self.model.register_forward_pre_hook(_untraced(begin), with_kwargs=True),
-            self.model.register_forward_hook(_untraced(end), always_call=True),
+            self.model.register_forward_pre_hook(untraced(begin), with_kwargs=True),
+            self.model.register_forward_hook(untraced(end), always_call=True),
         ]
         try:
-            self._listen(_Untraced(recorder))
+            self._listen(UntracedListener(recorder))
             yield
         finally:
             self._listen(None)
@@ -427,24 +426,6 @@ class Probe(AbstractContextManager["Probe"]):
         result = measure_parity(self.model, self._adapters, given, self._listen, self._suspended)
         self._parity_error = float(result["out_vs_native"].max())
         return result
-
-
-def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, at which torch.compile breaks its graph; as it is where nothing was compiled yet."""
-    return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
-
-
-class _Untraced:
-    """A listener that a compiler does not look into."""
-
-    def __init__(self, listener: Listener):
-        self._wants, self._receive = _untraced(listener.wants), _untraced(listener.receive)
-
-    def wants(self, layer: int, continues: bool, length: int) -> Emit | None:
-        return self._wants(layer, continues, length)
-
-    def receive(self, call: Call) -> None:
-        self._receive(call)
 
 
 @contextmanager

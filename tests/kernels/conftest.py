@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 collect_ignore_glob = ["interpreted*.py", "oracle.py", "resources*.py"]  # scripts and a module: no tests, no doctests
 
@@ -38,3 +39,14 @@ def script() -> Callable[..., list[str]]:
         return done.stdout.splitlines()
 
     return run
+
+
+@pytest.fixture
+def cuda() -> Iterator[None]:
+    """A CUDA device, where torch.empty answers NaN: an output that is not written shows. Without one a test fails."""
+    assert torch.cuda.is_available(), "these tests need a CUDA device"
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(4, device="cuda").isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.cuda.empty_cache()

@@ -10,22 +10,12 @@ from mamba_probe.kernels.emission import Emit
 from mamba_probe.kernels.scan import arguments, fused, naive
 from mamba_probe.kernels.scan.backward import Upstream, backward, choose_tile
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
 
 NARROW = ("x", "delta", "B", "C", "z")
 GIVEN = (*NARROW, "A", "D", "delta_bias", "initial_state", "log_decay")
 STATES = ("A_bar", "B_bar", "h")
 SIZES = {"wide": (2, 2048, 1, (768, 1, 16)), "odd": (1, 4097, 1, (500, 1, 16)), "groups": (1, 1500, 2, (64, 2, 64))}
-
-
-@pytest.fixture(autouse=True)
-def _cuda():
-    assert torch.cuda.is_available(), "these tests need a CUDA device"
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
-    assert torch.empty(4, device="cuda").isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.cuda.empty_cache()
 
 
 def drawn(oracle, size):

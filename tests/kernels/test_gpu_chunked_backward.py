@@ -11,7 +11,7 @@ from mamba_probe.kernels.scan import arguments, naive
 from mamba_probe.kernels.scan.backward import Upstream
 from mamba_probe.kernels.scan.chunked_backward import backward, choose_tile
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
 
 NARROW = ("x", "delta", "B", "C", "z")
 GIVEN = (*NARROW, "A", "D", "delta_bias", "initial_state", "log_decay")
@@ -19,16 +19,6 @@ OF_STEPS = ("A", "delta_bias", "log_decay")
 """Of float32 gradients those that are sums of products of x's type."""
 SHAPE = (80, 64, 128, True)
 EMITTED = ("delta", "A_bar", "B_bar", "y")
-
-
-@pytest.fixture(autouse=True)
-def _cuda():
-    assert torch.cuda.is_available(), "these tests need a CUDA device"
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills torch.empty with NaN
-    assert torch.empty(4, device="cuda").isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.cuda.empty_cache()
 
 
 def drawn(oracle, token, group=1, shape=SHAPE, batch=1, features=()):

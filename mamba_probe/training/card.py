@@ -20,6 +20,8 @@ __all__ = ["UNSEEN_BATCHES", "counted", "describe"]
 
 UNSEEN_BATCHES = 16
 """Test batches that a card's accuracy is counted over."""
+TOKENS = 2**27
+"""At most so many tokens of them: of very long rows fewer batches, at least one, as the card says."""
 
 
 def describe(
@@ -74,7 +76,9 @@ def describe(
 
 
 def counted(model: nn.Module, config: Config, batches: int) -> dict[str, Any]:
-    """Return the accuracy on test rows: correct, total, value and its Wilson interval, and the batches counted."""
+    """Return the accuracy on test rows: correct, total, value and its Wilson interval, and the batches counted, fewer
+    than asked for where they are of more than `TOKENS`."""
+    batches = max(1, min(batches, TOKENS // config.draw(config.batch, 0).input_ids.size))
     correct, total = answered(model, config, "test", batches)
     low, high = wilson(correct, total)
     return {"correct": correct, "total": total, "value": correct / total, "low": low, "high": high, "batches": batches}

@@ -43,36 +43,36 @@ KINDS = {"mamba1": "Mamba-1", "mamba2": "Mamba-2", "s4d": "S4D"}
 SOLVES, FAILS, SOME = (0.95, 1.0), (0.0, 0.5), (0.0, 1.0)
 
 
-def _recall(kind: str, layers: int, sizes: Mapping[str, int], steps: int = 4000) -> Recipe:
-    mixer = {"kind": kind, **sizes}
-    config = Config(MQAR, mixer, layers=layers, steps=steps, batch=128, every=100, stop_at=0.995)
-    what = (
-        f"A {layers}-layer {KINDS[kind]} language model trained on multi-query associative recall: 8 pairs, 128 values."
-    )
+def _recall(kind: str, sizes: Mapping[str, Any], steps: int = 4000) -> Recipe:
+    config = Config(MQAR, {"kind": kind, **sizes}, layers=1, steps=steps, batch=128, every=100, stop_at=0.995)
+    what = f"A 1-layer {KINDS[kind]} language model trained on multi-query associative recall: 8 pairs, 128 values."
     beyond = ({"length": 128}, {"length": 256}, {"length": 128, "n_pairs": 16})
     return Recipe(f"trained-mqar-{kind}", what, config, SOLVES, LEARNING_RATES, beyond=beyond)
 
 
-def _too_small(kind: str, sizes: Mapping[str, int]) -> Recipe:
+def _too_small(kind: str, sizes: Mapping[str, Any]) -> Recipe:
     config = Config(MANY, {"kind": kind, **sizes}, layers=1, steps=2000, batch=128, every=100, stop_at=0.995)
     what = f"A 1-layer {KINDS[kind]} language model too small for the recall it was trained on: 16 pairs, 128 values."
     return Recipe(f"trained-mqar-{kind}-small", what, config, FAILS, EIGHT)
 
 
-def _convolution(d_conv: int, name: str, what: str, expected: tuple[float, float]) -> Recipe:
-    mixer = {"kind": "mamba1", "d_model": 64, "d_state": 16, "d_conv": d_conv}
-    config = Config(MQAR, mixer, layers=1, steps=3000, batch=128, every=100, stop_at=0.995)
-    return Recipe(name, f"A 1-layer Mamba-1 language model {what}, trained on recall.", config, expected, EIGHT)
+def _no_convolution() -> Recipe:
+    """The recipe of `trained-mqar-mamba1` but for the taps."""
+    mixer = {"kind": "mamba1", "d_model": 64, "d_state": 16, "d_conv": 1}
+    config = Config(MQAR, mixer, layers=1, steps=4000, batch=128, every=100, stop_at=0.995)
+    what = "A 1-layer Mamba-1 language model without convolution (one tap), trained on recall."
+    return Recipe("trained-mqar-no-conv", what, config, (0.0, 0.2), EIGHT)
 
 
-def _keep(kind: str, length: int, sizes: Mapping[str, int]) -> Recipe:
-    """S4D's kernel knows one lag, and so one length: it is trained at that alone. All train to their last step."""
+def _keep(kind: str, length: int, sizes: Mapping[str, Any], steps: int = 3000) -> Recipe:
+    """S4D's kernel knows one lag, and so one length: it is trained at that alone. All train to their last step.
+
+    A Mamba keeps the shorter lengths of its mixture first: a trial must last until it begins at the longest."""
     task = {"name": "keep_nth", "length": length, "n": 5, "n_tokens": 16}
     mixture = [{"length": each} for each in LENGTHS if each <= length] if kind != "s4d" else []
-    steps, rates = (3000, LEARNING_RATES) if kind != "s4d" else (2000, (2e-3, 1e-2))
     config = Config(task, {"kind": kind, **sizes}, layers=2, steps=steps, batch=64, every=100, mixture=mixture)
     what = f"A 2-layer {KINDS[kind]} language model trained to return token 5 of {length} at the end."
-    return Recipe(f"trained-keep-{kind}-{length}", what, config, SOME, rates)
+    return Recipe(f"trained-keep-{kind}-{length}", what, config, SOME, LEARNING_RATES)
 
 
 def _induction() -> Recipe:
@@ -81,23 +81,24 @@ def _induction() -> Recipe:
     mixer = {"kind": "mamba1", "d_model": 64, "d_state": 16}
     config = Config(task, mixer, layers=2, steps=6000, batch=64, every=250, schedule="constant", weight_decay=0.0)
     what = "A 2-layer Mamba-1 language model trained on induction heads at 256 tokens (the task of arXiv 2312.00752)."
-    beyond = tuple({"length": 2**power} for power in (6, 9, 10, 12, 14))
+    beyond = tuple({"length": 2**power} for power in (6, 9, 10, 12, 14, 17, 20))
     return Recipe("trained-induction-mamba1", what, config, SOLVES, (1e-3, 2e-3, 5e-3), trial=1500, beyond=beyond)
 
 
 def _all() -> Sequence[Recipe]:
+    s4d = {"backend": "convolution"}
+    keep = {"d_model": 32, "d_state": 16}
     return (
-        _recall("mamba1", 2, {"d_model": 64, "d_state": 32}),
-        _recall("mamba2", 2, {"d_model": 64, "d_state": 32, "n_heads": 4}),
-        _recall("s4d", 1, {"d_model": 64, "d_inner": 1536, "d_state": 2}, steps=6000),
-        _convolution(4, "trained-mqar-conv", "with its convolution", SOLVES),
-        _convolution(1, "trained-mqar-no-conv", "without convolution (one tap)", (0.0, 0.2)),
+        _recall("mamba1", {"d_model": 64, "d_state": 16}),
+        _recall("mamba2", {"d_model": 64, "d_state": 32, "n_heads": 4}),
+        _recall("s4d", {"d_model": 64, "d_inner": 1536, "d_state": 2, **s4d}, steps=6000),
+        _no_convolution(),
         _induction(),
-        *(_keep("mamba1", length, {"d_model": 32, "d_state": 16}) for length in (64, 256, 1024)),
-        *(_keep("s4d", length, {"d_model": 32, "d_state": 16}) for length in (64, 256, 1024)),
+        *(_keep("mamba1", length, keep, steps) for length, steps in ((64, 3000), (256, 4000), (1024, 8000))),
+        *(_keep("s4d", length, keep | s4d) for length in (64, 256, 1024)),
         _too_small("mamba1", {"d_model": 16, "d_state": 2}),
         _too_small("mamba2", {"d_model": 16, "d_state": 2, "n_heads": 4}),
-        _too_small("s4d", {"d_model": 16, "d_state": 2}),
+        _too_small("s4d", {"d_model": 16, "d_state": 2, **s4d}),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from mamba_probe.training import checkpoint
 from mamba_probe.training.checkpoint import Point
@@ -21,6 +21,8 @@ from mamba_probe.training.data import held_out, rows
 __all__ = ["Result", "Say", "answered", "initial", "train"]
 
 Say = Callable[[Config, Point], None]
+TOKENS_A_CALL = 2**20
+"""Of held-out rows in one forward: its memory is bounded so."""
 UNDECAYED = ("A_log", "D", "dt_bias", "kernel.C", "kernel.log_dt", "kernel.log_A_real", "kernel.A_imag")
 
 
@@ -130,8 +132,9 @@ def answered(
     with torch.inference_mode():
         for index in range(config.evaluation_batches if batches is None else batches):
             task = held_out(config, split, index)
-            logits: Tensor = model(torch.from_numpy(task.input_ids).to(device)).logits
-            counts.append(task.accuracy(logits.argmax(-1).cpu().numpy()))
+            pieces = torch.from_numpy(task.input_ids).split(max(1, TOKENS_A_CALL // task.input_ids.shape[1]))
+            predicted = [model(piece.to(device)).logits.argmax(-1).cpu().numpy() for piece in pieces]
+            counts.append(task.accuracy(np.concatenate(predicted)))
     model.train(training)
     correct, total = np.sum(counts, axis=0).tolist()
     return correct, total

@@ -115,6 +115,23 @@ def test_s4d_block_is_its_convolution(dtype, bound):
     assert error(out, s4d_by_convolution(block, hidden.to(dtype).double().numpy())) < bound
 
 
+def test_convolved_at_once_s4d_and_its_gradients_are_the_scan_s():
+    """Padded, in float64, at a length that is no power of two."""
+    block = language_model("s4d").backbone.layers[0].mixer.double()
+    hidden = torch.randn(2, 50, 24, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    mask = torch.ones(2, 50, dtype=torch.int64)
+    mask[1, :7] = 0
+    found = {}
+    for block.backend in ("cpu", "convolution"):
+        out = block(hidden, mask)
+        found[block.backend] = out, *torch.autograd.grad(out.square().sum(), tuple(block.parameters()))
+    for convolved, scanned in zip(found["convolution"], found["cpu"], strict=True):
+        assert error(convolved.detach(), scanned.detach()) < 1e-12
+    block.backend = "convolution"
+    assert block.float()(hidden.float(), mask).dtype == torch.float32
+    assert error(block(hidden.float(), mask).detach().double(), found["cpu"][0].detach()) < 2e-6
+
+
 @pytest.mark.parametrize("backend", ["cpu", "naive"])
 def test_a_probe_sees_our_blocks_and_leaves_them_as_they_were(own, backend):
     ids, mask = prompt()

@@ -94,6 +94,14 @@ def test_an_unfinished_training_gets_no_card(config):
         describe(train(config, until=3), "x", "x", regenerate="x")
 
 
+def test_of_very_long_rows_fewer_batches_are_counted_and_the_card_says_so(solved, monkeypatch):
+    size = solved.config.draw(solved.config.batch, 0).input_ids.size
+    monkeypatch.setattr("mamba_probe.training.card.TOKENS", 3 * size + 1)
+    counted = describe(solved, "x", "x", regenerate="x", unseen_batches=5)["accuracy"]
+    assert counted["batches"] == 3
+    assert (counted["correct"], counted["total"]) == answered(solved.model, solved.config, "test", 3)
+
+
 def test_the_commit_given_is_the_commit_said(solved):
     assert describe(solved, "x", "x", regenerate="x", unseen_batches=1, commit="abc")["commit"] == "abc"
 

@@ -94,6 +94,16 @@ def test_accuracy_counts_the_queries_of_the_held_out_rows(config):
     assert answered(model, config, "test", 3)[1] == 3 * config.batch * 2
 
 
+def test_rows_are_answered_in_pieces_that_change_nothing(config, monkeypatch):
+    model = initial(config)
+    whole, seen = answered(model, config), []
+    model.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    monkeypatch.setattr(trainer, "TOKENS_A_CALL", 3 * config.draw(1, 0).input_ids.shape[1] + 1)
+    assert answered(model, config, batches=2) != (0, 0)
+    assert max(seen) == 3
+    assert answered(model, config) == whole
+
+
 def test_each_evaluation_is_told_and_kept(config):
     told = []
     result = train(config, say=lambda config, point: told.append(point))

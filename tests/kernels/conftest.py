@@ -1,4 +1,4 @@
-"""The independent oracle as a fixture; `oracle.py` is a plain module since the interpreted scripts import it too."""
+"""Modules that scripts of this folder import too, as fixtures; scripts; and a CUDA device."""
 
 import os
 import subprocess
@@ -11,17 +11,30 @@ from types import ModuleType
 import pytest
 import torch
 
-collect_ignore_glob = ["interpreted*.py", "oracle.py", "resources*.py"]  # scripts and a module: no tests, no doctests
+collect_ignore_glob = ["finite_*.py", "gradients.py", "interpreted*.py", "oracle.py", "resources*.py"]
+"""Scripts and their modules: no tests, no doctests."""
+
+
+def load(name: str) -> ModuleType:
+    """A module of this folder, by the name that scripts import it by."""
+    spec = spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")
 def oracle() -> ModuleType:
-    spec = spec_from_file_location("scan_oracle", Path(__file__).with_name("oracle.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules["scan_oracle"] = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The scan in closed form, independent of ours."""
+    return load("oracle")
+
+
+@pytest.fixture(scope="session")
+def gradients(oracle: ModuleType) -> ModuleType:
+    """Gradients of a kernel's own backward against autograd; it imports `oracle`, and Triton."""
+    return load("gradients")
 
 
 @pytest.fixture(scope="session")

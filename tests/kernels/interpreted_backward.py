@@ -1,24 +1,23 @@
 """The Triton backward through its interpreter against autograd of the float64 naive scan: one line a case.
 
-With the argument "all", every pair of features; otherwise cases in which every two choices meet. The bound is the
-project's for gradients: max(1e-5, 2 x the error of autograd through the float32 naive scan), for 16 bits their own eps.
+With the argument "all", every pair of features; otherwise cases in which every two choices meet. The bound is that of
+`gradients`.
 """
 
 import sys
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 import torch
+from gradients import NARROW, assert_same, checked, compare, saved
 from oracle import FEATURES, cast, draw, featured
 
 from mamba_probe.kernels.emission import Emit
-from mamba_probe.kernels.scan import arguments, fused, naive
+from mamba_probe.kernels.scan import fused, naive
 from mamba_probe.kernels.scan.backward import Tile, Upstream, backward, choose_tile
 
-GIVEN = ("x", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state", "log_decay")
-PER_TOKEN = ("x", "delta", "B", "C", "z", "log_decay")
 ANSWERED = ("out", "last_state", "delta", "A_bar", "B_bar", "h", "y", "delta_cumsum")
-STATES = ("A_bar", "B_bar", "h")
 ALL = Emit(ANSWERED[2:-1])
 SOME = Emit(ANSWERED[2:-1], tokens=(0, 2, 11, 20), channels=(3, 1))
 TILES = (Tile(8, 4, 1, 8, 1), Tile(4, 8, 3, 8, 1), Tile(16, 4, 2, 4, 1), Tile(8, 8, 1, 16, 1), Tile(8, 16, 2, 64, 1))
@@ -34,92 +33,19 @@ PAIRWISE = (  # features, heads and head_channels, tile, states, what is emitted
 )
 
 
-def checked(given, emit):
-    options = dict.fromkeys(("D", "z", "delta_bias", "initial_state", "seq_idx", "log_decay"))
-    options |= {"delta_softplus": False, "delta_limits": (0.0, float("inf")), "discretization": "euler"}
-    return arguments.check(**options | given, emit=emit)
-
-
-def answers(a):
-    out, last, emission = naive.scan(a)
-    found = {"out": out, "last_state": last} | {name: getattr(emission, name) for name in ANSWERED[2:]}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def autograd(given: dict[str, Any], emit, upstream):
-    given = {
-        name: value.detach().clone().requires_grad_() if name in GIVEN and value is not None else value
-        for name, value in given.items()
-    }
-    found = answers(checked(given, emit))
-    names = [name for name in GIVEN if given.get(name) is not None]
-    grads = torch.autograd.grad(
-        [found[name] for name in upstream],
-        [given[name] for name in names],
-        [upstream[name].to(found[name].dtype) for name in upstream],
-        allow_unused=True,
-    )
-    return {
-        name: torch.zeros_like(given[name]) if grad is None else grad for name, grad in zip(names, grads, strict=True)
-    }
-
-
-def saved(a, tile):
-    """The states that the forward kernel leaves for the backward, checked against those of the naive scan."""
+def states_of(a, tile):
+    """Those that the forward leaves for the backward, checked against the naive scan's; None where there are none."""
     tokens = range(tile.segment - 1, a.n_token - 1, tile.segment)
     if not tokens:
         return None
-    shape = len(a.x), len(tokens), *a.state_shape[1:]
-    states = torch.empty(shape, dtype=a.dtype)
-    bare = arguments.Arguments(**vars(a) | {"emit": Emit()})
-    nothing = torch.empty_like(a.x), torch.empty(a.state_shape, dtype=a.dtype), {}, None, None
-    fused.launch(bare, *nothing, fused.Tile(8, min(8, tile.segment), 2), states, tile.segment)
-    exact: Any = naive.scan(arguments.Arguments(**vars(a) | {"emit": Emit(("h",), tokens=list(tokens))}))[2].h
+    states = saved(a, tile.segment, fused.Tile(8, min(8, tile.segment), 2))
+    exact: Any = naive.scan(replace(a, emit=Emit(("h",), tokens=list(tokens))))[2].h
     assert (states - exact).abs().max() <= 1e-5 * exact.abs().max()
     return states
 
 
-def error(value, exact):
-    return (value.double() - exact).abs().max().item() / (exact.abs().max().item() or 1.0)
-
-
-def of_dtype(given, dtype):
-    return {
-        name: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
-        for name, value in given.items()
-    }
-
-
-def compared(given, emit, asked, go_back, exactly=1e-12):
-    """Of `asked`, all of what is answered where None, the gradients back to every argument, by `go_back(a, upstream)`
-    and by autograd; in float64 `exactly` that near."""
-    double = of_dtype(given, torch.float64)
-    exact_answers = answers(checked(double, emit))
-    generator = torch.Generator().manual_seed(5)
-    dtypes = {"out": given["x"].dtype, "delta_cumsum": torch.float64}
-    dtypes |= dict.fromkeys(STATES, emit.dtype) if emit and emit.dtype else {}
-    a = checked(given, emit)
-    upstream = {
-        name: torch.randn(exact_answers[name].shape, generator=generator).to(dtypes.get(name, a.dtype))
-        for name in (asked or exact_answers)
-    }
-    exact = autograd(double, emit, upstream)
-    plain = autograd(of_dtype(given, torch.float32), emit, upstream)
-    found = go_back(a, Upstream(**upstream))
-    if given.get("D") is not None and given["D"].ndim == 1:
-        found["D"] = found["D"].sum(1)
-    assert set(found) == set(exact), set(found) ^ set(exact)
-    for name, value in found.items():
-        assert value.shape == exact[name].shape, name
-        assert value.dtype == given[name].dtype, name
-        limit = exactly if value.dtype == torch.float64 else max(1e-5, 2 * error(plain[name], exact[name]))
-        if value.dtype in (torch.bfloat16, torch.float16):
-            limit = max(limit, torch.finfo(value.dtype).eps)
-        assert error(value, exact[name]) <= limit, (name, error(value, exact[name]), limit)
-
-
 def holds(given, emit=None, tile=TILES[0], asked=None):
-    compared(given, emit, asked, lambda a, upstream: backward(a, saved(a, tile), upstream, tile))
+    compare(given, lambda a, upstream: backward(a, states_of(a, tile), upstream, tile), emit, asked)
 
 
 def block(features, rows, tile, state, emit):
@@ -138,8 +64,8 @@ def double():
 
 
 def narrow(dtype):
-    given = cast(draw("mamba", 2, 21), dtype, PER_TOKEN)
-    holds(given, Emit(ALL.variables, dtype=torch.bfloat16), choose_tile(checked(given, None))._replace(segment=16))
+    given = cast(draw("mamba", 2, 21), dtype, NARROW)
+    holds(given, Emit(ALL.variables, dtype=torch.bfloat16), choose_tile(checked(given))._replace(segment=16))
 
 
 def alone(name):
@@ -152,18 +78,17 @@ def summed():
     """delta_cumsum's gradient, and one that was expanded, as that of a sum is."""
     given = draw("mamba", 2, 21)
     holds(given, Emit(("delta", "delta_cumsum")), TILES[0], ("out", "delta", "delta_cumsum"))
-    a = checked(given, None)
+    a = checked(given)
     ones = torch.ones(()).expand(a.x.shape)
-    states = saved(a, TILES[0])
+    states = states_of(a, TILES[0])
     expanded, dense = (backward(a, states, Upstream(out=up), TILES[0]) for up in (ones, ones.contiguous()))
-    assert all(torch.equal(expanded[name], dense[name]) for name in dense)
+    assert_same(expanded, dense)
 
 
 def twice():
-    a = checked(draw("mamba_heads", 1, 13, 2), None)
-    states, up = saved(a, TILES[1]), Upstream(out=torch.randn(a.x.shape))
-    first, second = (backward(a, states, up, TILES[1]) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    a = checked(draw("mamba_heads", 1, 13, 2))
+    states, up = states_of(a, TILES[1]), Upstream(out=torch.randn(a.x.shape))
+    assert_same(*(backward(a, states, up, TILES[1]) for _ in range(2)))
 
 
 def one_token():

@@ -1,7 +1,7 @@
 """The backward of A (head,) through Triton's interpreter, against autograd of the float64 naive scan: one line a case.
 
 With the argument "all", every pair of features with every tile; otherwise cases in which every two choices meet. The
-bound is that of `interpreted_backward`.
+bound is that of `gradients`.
 """
 
 import sys
@@ -9,7 +9,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from interpreted_backward import PER_TOKEN, checked, compared
+from gradients import NARROW, assert_same, checked, compare
 from oracle import cast, draw, featured
 from triton.runtime.errors import OutOfResources
 
@@ -37,12 +37,13 @@ PAIRWISE = (  # features, groups, head_channel, state, tile, what is emitted
 
 
 def holds(given, emit=None, tile=TILES[1], asked=None):
-    compared(given, emit, asked, lambda a, upstream: backward(a, None, upstream, tile), exactly=1e-10)
+    """float64 sums resets as log2 of a decay of -2048 each, which leaves 1e-13 of a token's decay and more of many."""
+    compare(given, lambda a, upstream: backward(a, None, upstream, tile), emit, asked, exactly=1e-10)
 
 
 def drawn(batch=1, token=37, group=1, shape=(4, 3, 5), features=(), dtype=None):
     given = featured(draw(None, batch, token, group, shape=(*shape, True)), features)
-    return given if dtype is None else cast(given, dtype, None if dtype == torch.float64 else PER_TOKEN)
+    return given if dtype is None else cast(given, dtype, None if dtype == torch.float64 else NARROW)
 
 
 def block(features, group, head_channel, state, tile, emit):
@@ -80,17 +81,16 @@ def alone(name):
 def summed():
     """delta_cumsum's gradient beside delta's, and one that was expanded, as that of a sum is."""
     holds(drawn(), Emit(("delta", "delta_cumsum")), asked=("out", "delta", "delta_cumsum"))
-    a = checked({name: value for name, value in drawn().items() if name != "z"}, None)
+    a = checked({name: value for name, value in drawn().items() if name != "z"})
     ones = torch.ones(()).expand(a.x.shape)
     expanded, dense = (backward(a, None, Upstream(out=up), TILES[1]) for up in (ones, ones.contiguous()))
-    assert all(torch.equal(expanded[name], dense[name]) for name in dense)
+    assert_same(expanded, dense)
 
 
 def twice():
-    a = checked(drawn(2, group=2), None)
+    a = checked(drawn(2, group=2))
     up = Upstream(out=torch.randn(a.x.shape))
-    first, second = (backward(a, None, up, TILES[3]) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_same(*(backward(a, None, up, TILES[3]) for _ in range(2)))
 
 
 def reset(dtype):
@@ -119,7 +119,7 @@ def states(token, emit, features):
 
 
 def refused():
-    a = checked(drawn(1, 3), None)
+    a = checked(drawn(1, 3))
     with pytest.raises(ValueError, match="no gradient of the emitted `energy`"):
         backward(a, None, Upstream(energy=a.x))
     with pytest.raises(ValueError, match=r"`states` must be None where A is \(head,\)"):
@@ -131,8 +131,7 @@ def tiles():
     sizes = {(64, 128): (64, 64), (128, 256): (64, 16), (64, 512): (16, 16)}
     for size, tokens in sizes.items():
         chosen = [
-            choose_tile(checked(drawn(token=1, shape=(1, *size), dtype=dtype), None))
-            for dtype in (torch.bfloat16, None)
+            choose_tile(checked(drawn(token=1, shape=(1, *size), dtype=dtype))) for dtype in (torch.bfloat16, None)
         ]
         assert tuple(tile.tokens for tile in chosen) == tokens, size
 
@@ -144,7 +143,7 @@ def too_large(monkeypatch):
         raise OutOfResources(300_000, 232_448, "shared memory")
 
     monkeypatch.setattr(chunked_backward, "start", full)
-    a = checked(drawn(token=3), None)
+    a = checked(drawn(token=3))
     with pytest.raises(
         ValueError, match=r'no gradients of 3 channels and 5 states a head: use backend="cpu"; .*300000'
     ):

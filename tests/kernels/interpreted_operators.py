@@ -1,21 +1,17 @@
-"""Triton's kernels through the operator and its backward, interpreted: a script for TRITON_INTERPRET=1.
-
-It imports what it needs when it runs, since pytest imports it too, in search of doctests.
-"""
+"""Triton's kernels through the operator and its backward, interpreted: a script for TRITON_INTERPRET=1."""
 
 import re
 from typing import Any
 
 import pytest
 import torch
+from oracle import by_name, draw
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mamba_probe.kernels.scan import Emit, selective_scan
 
 
 def gradients(scan, arguments, backend="triton", **options):
-    from oracle import by_name
-
     given = {name: v.clone().requires_grad_() if isinstance(v, torch.Tensor) else v for name, v in arguments.items()}
     names = [name for name in given if isinstance(given[name], torch.Tensor)]
     answers = by_name(scan(**given, backend=backend, **options)).values()
@@ -45,8 +41,6 @@ def faked_states(arguments):
 
 
 def main():
-    from oracle import draw
-
     arguments = draw(None, 1, 5, shape=(3, 1, 2, False))
     emit = Emit(("delta", "B", "h", "y"), tokens=(0, 3), channels=(2, 0))
     compiled = torch.compile(selective_scan, fullgraph=True, backend="aot_eager")

@@ -43,19 +43,20 @@ def featured(arguments, features, *, seed=1):
     """Arguments of `draw`, changed so that they use the named `FEATURES`."""
     generator = torch.Generator().manual_seed(seed)
     batch, token = arguments["x"].shape[:2]
+    device = arguments["x"].device
     changed = dict(arguments)
     if "log_decay" in features:
         shape = batch, token, *arguments["A"].shape
-        changed["log_decay"] = -torch.exp(torch.randn(shape, generator=generator) - 2)
+        changed["log_decay"] = -torch.exp(torch.randn(shape, generator=generator) - 2).to(device)
     if "complex" in features:
         for name in set(STATE_LIKE) & set(changed):
-            imaginary = torch.randn(changed[name].shape, generator=generator)
+            imaginary = torch.randn(changed[name].shape, generator=generator).to(device)
             changed[name] = torch.complex(changed[name], imaginary)
     if "constant" in features:
         changed |= {name: changed[name][0, 0] for name in "BC"}
     if "seq_idx" in features:
         starts = torch.rand(batch, token, generator=generator) < 0.15
-        changed["seq_idx"] = starts.cumsum(1) % 2 + 5  # a number may come back: only changes count
+        changed["seq_idx"] = starts.cumsum(1).to(device) % 2 + 5  # a number may come back: only changes count
     return changed | ({"discretization": "zoh"} if "zoh" in features else {})
 
 

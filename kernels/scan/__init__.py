@@ -1,6 +1,7 @@
 """The selective scan of Mamba-1 and Mamba-2: one contract, several backends. `kernels/README.md` specifies it."""
 
 from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from math import inf
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from mamba_probe.kernels.emission import EMITTABLE, Emission, Emit
 from mamba_probe.kernels.scan import operators
-from mamba_probe.kernels.scan.arguments import check
+from mamba_probe.kernels.scan.arguments import formed
 from mamba_probe.kernels.scan.compiled import cpu_compile
 
 __all__ = [
@@ -110,9 +111,8 @@ def selective_scan(
         see `Emission`.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came; for "triton" without a CUDA device, with
-            complex A, or with inputs that require grad where A is (head,), which it does not support yet. While a model
-            is compiled, torch wraps it.
+        ValueError: naming the argument, what was expected and what came; for "triton" without a CUDA device or with
+            complex A, which it does not support yet. While a model is compiled, torch wraps it.
 
     >>> one = torch.ones(1, 3, 1, 1)
     >>> result = selective_scan(one, one[..., 0], torch.zeros(1, 1), one, one, emit=Emit(("h",), tokens=[1]))
@@ -124,31 +124,16 @@ def selective_scan(
     if torch.compiler.is_compiling():
         name = choose_backend(x.device).name if backend == "auto" else backend
         return ScanResult(*operators.scan(tensors, *options, name))
-    arguments = check(
-        x,
-        delta,
-        A,
-        B,
-        C,
-        D,
-        z,
-        delta_bias=delta_bias,
-        delta_softplus=delta_softplus,
-        delta_limits=delta_limits,
-        initial_state=initial_state,
-        seq_idx=seq_idx,
-        log_decay=log_decay,
-        discretization=discretization,
-        emit=emit,
-    )
+    a, plans = formed(tensors, *options)
     name = choose_backend(x.device).name if backend == "auto" else backend
     module = backend_module(name)
     if name == "triton" and operators.needs_grad(tensors):
-        return ScanResult(*operators.scan(tensors, *options, name, arguments))
+        return ScanResult(*operators.direct(module, tensors, options, a, plans))
+    more = {"plans": plans} if name == "triton" else {}
     if not torch.is_autocast_enabled(x.device.type):  # entering the context costs as much as a launch
-        return ScanResult(*module.scan(arguments))
+        return ScanResult(*module.scan(a, **more))
     with torch.autocast(x.device.type, enabled=False):
-        return ScanResult(*module.scan(arguments))
+        return ScanResult(*module.scan(a, **more))
 
 
 def check_backend(name: str, device: torch.device | str) -> None:
@@ -172,4 +157,9 @@ def backend_module(name: str) -> Any:
         raise ValueError(f"unknown `backend` {name!r}{hint} Known: auto, {', '.join(BACKENDS)}")
     if name == "triton" and find_spec("triton") is None:
         raise ValueError('backend "triton" needs the triton package, which is not installed: use backend="cpu"')
+    return _imported(name)
+
+
+@cache
+def _imported(name: str) -> Any:
     return import_module(f"mamba_probe.kernels.scan.{_MODULES[name]}")

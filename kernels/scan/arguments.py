@@ -1,18 +1,27 @@
 """The arguments of a scan, checked in one place and upcast where the contract says so."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import cached_property, lru_cache
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from mamba_probe.kernels.emission import STATE_SIZED, Emit
 
-__all__ = ["Arguments", "as_emit", "as_limits", "buffers", "check"]
+__all__ = ["TENSORS", "Arguments", "as_emit", "as_limits", "buffers", "check", "formed"]
+
+TENSORS = ("x", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state", "seq_idx", "log_decay")
+"""Arguments of a scan that are tensors, in their order here."""
+
+NEEDED = TENSORS[:5]
+"""Those that are never None."""
+
+LIMIT = 256
+"""Forms remembered; then all are forgotten."""
 
 DISCRETIZATIONS = ("euler", "zoh")
 REAL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -120,36 +129,105 @@ def check(
     emit: Emit | None,
 ) -> Arguments:
     """Arguments that every backend may rely on, or a ValueError that says which one is wrong and why."""
-    optional = {"D": D, "z": z, "delta_bias": delta_bias, "initial_state": initial_state}
-    optional |= {"seq_idx": seq_idx, "log_decay": log_decay}
-    given = {"x": x, "delta": delta, "A": A, "B": B, "C": C}
-    given |= {name: value for name, value in optional.items() if value is not None}
-    kinds = tuple(_kind(name, value) for name, value in given.items())
-    try:
-        dtype = _agreed(kinds)
-    except TypeError:  # sizes that are symbols of a compiler cannot be looked up
-        dtype = _agreed.__wrapped__(kinds)
-    state_dtype = dtype.to_complex() if A.is_complex() else dtype
-    return Arguments(
-        x=x,
-        delta=delta,
-        A=A.to(state_dtype).reshape(A.shape[0], -1).contiguous(),
-        B=B if B.ndim == 4 else B.expand(*x.shape[:2], -1, -1),
-        C=C if C.ndim == 4 else C.expand(*x.shape[:2], -1, -1),
-        D=None if D is None else D.to(dtype).reshape(*D.shape, *[1] * (2 - D.ndim)).expand(x.shape[2:]),
-        z=z,
-        delta_bias=None if delta_bias is None else delta_bias.to(dtype).contiguous(),
-        delta_softplus=bool(delta_softplus),
-        delta_limits=as_limits(delta_limits),
-        given_state=None if initial_state is None else initial_state.to(state_dtype).contiguous(),
-        starts=None if seq_idx is None else _starts(seq_idx),
-        log_decay=None if log_decay is None else log_decay.reshape(*x.shape[:3], -1),
-        discretization=_known(discretization),
-        emit=_checked_emit(emit, n_token=x.shape[1], n_head=x.shape[2], is_complex=A.is_complex()),
-        dtype=dtype,
-        scalar_A=A.ndim == 1,
-        constant=tuple(name for name in "BC" if given[name].ndim == 2),
+    tensors = x, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, log_decay
+    return formed(tensors, delta_softplus, delta_limits, discretization, emit)[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """What calls share that have the same options, and tensors that differ only in what they hold; made once."""
+
+    options: dict[str, Any]
+    """Those of `Arguments`' fields that are no tensors."""
+    dtype: torch.dtype
+    state_dtype: torch.dtype
+    ready: frozenset[str]
+    """Tensors that come in the form `Arguments` has, or not at all."""
+    plans: dict[Hashable, Any] = field(default_factory=dict)
+    """What backends keep for further calls."""
+
+    def arguments(self, tensors: Sequence[Tensor | None]) -> Arguments:
+        """`Arguments` of another such call."""
+        x, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, log_decay = cast(Any, tensors)
+        ready = self.ready
+        return Arguments(
+            x=x,
+            delta=delta,
+            A=A if "A" in ready else A.to(self.state_dtype).reshape(A.shape[0], -1).contiguous(),
+            B=B if "B" in ready else B.expand(*x.shape[:2], -1, -1),
+            C=C if "C" in ready else C.expand(*x.shape[:2], -1, -1),
+            D=D if "D" in ready else D.to(self.dtype) if D.ndim == 2 else _skip(D, x.shape[2:], self.dtype),
+            z=z,
+            delta_bias=delta_bias if "delta_bias" in ready else delta_bias.to(self.dtype).contiguous(),
+            given_state=initial_state if "initial_state" in ready else initial_state.to(self.state_dtype).contiguous(),
+            starts=None if seq_idx is None else _starts(seq_idx),
+            log_decay=log_decay if "log_decay" in ready else log_decay.reshape(*x.shape[:3], -1),
+            **self.options,
+        )
+
+
+_forms: dict[Hashable, Form] = {}
+
+
+def formed(
+    tensors: Sequence[Tensor | None],
+    delta_softplus: bool,
+    delta_limits: tuple[float, float],
+    discretization: str,
+    emit: Emit | None,
+) -> tuple[Arguments, dict[Hashable, Any]]:
+    """`check` for `tensors` in the order of TENSORS, and what backends keep for further calls of this form.
+
+    What depends on the form alone is checked once a form.
+    """
+    options = bool(delta_softplus), as_limits(delta_limits), discretization, emit
+    key = tuple(
+        [t if t is None or not isinstance(t, Tensor) else (t.dtype, t.shape, t.stride(), t.device) for t in tensors]
     )
+    try:
+        form = _forms.get((key, options))
+    except TypeError:  # sizes that are symbols of a compiler cannot be looked up, nor can arguments of a wrong type
+        return _form(tensors, *options).arguments(tensors), {}
+    if form is None:
+        if len(_forms) >= LIMIT:
+            _forms.clear()
+        form = _forms[key, options] = _form(tensors, *options)
+    return form.arguments(tensors), form.plans
+
+
+def _form(
+    tensors: Sequence[Tensor | None],
+    delta_softplus: bool,
+    delta_limits: tuple[float, float],
+    discretization: str,
+    emit: Emit | None,
+) -> Form:
+    """Checks all that a call's form says."""
+    given = {name: _kind(name, t) for name, t in zip(TENSORS, tensors, strict=True) if t is not None or name in NEEDED}
+    dtype = _compute_dtype(given)
+    _check_shapes(given)
+    x, A = given["x"], given["A"]
+    state_dtype = dtype.to_complex() if A.dtype.is_complex else dtype
+    options = {
+        "delta_softplus": delta_softplus,
+        "delta_limits": delta_limits,
+        "discretization": _known(discretization),
+        "emit": _checked_emit(emit, n_token=x.shape[1], n_head=x.shape[2], is_complex=A.dtype.is_complex),
+        "dtype": dtype,
+        "scalar_A": len(A.shape) == 1,
+        "constant": tuple(name for name in "BC" if len(given[name].shape) == 2),
+    }
+    wanted = {"A": (2, state_dtype), "B": (4, None), "C": (4, None), "D": (2, dtype), "delta_bias": (1, dtype)}
+    wanted |= {"initial_state": (4, state_dtype), "log_decay": (4, None)}
+    ready = frozenset(name for name, form in wanted.items() if _is_ready(name, tensors[TENSORS.index(name)], *form))
+    return Form(options, dtype, state_dtype, ready)
+
+
+def _is_ready(name: str, value: Tensor | None, n_axis: int, dtype: torch.dtype | None) -> bool:
+    if value is None:
+        return True
+    is_dense = name not in ("A", "delta_bias", "initial_state") or value.is_contiguous()
+    return value.ndim == n_axis and dtype in (None, value.dtype) and is_dense
 
 
 class Kind(NamedTuple):
@@ -161,19 +239,10 @@ class Kind(NamedTuple):
     device: torch.device
 
 
-def _kind(name: str, value: Tensor) -> Kind:
+def _kind(name: str, value: Tensor | None) -> Kind:
     if not isinstance(value, Tensor):
         raise ValueError(f"`{name}` must be a torch.Tensor; got {type(value).__name__}")
     return Kind(name, value.dtype, value.shape, value.device)
-
-
-@lru_cache(maxsize=1024)
-def _agreed(kinds: tuple[Kind, ...]) -> torch.dtype:
-    """The compute dtype of tensors that fit together; asked anew only for new dtypes, shapes or devices."""
-    given = {kind.name: kind for kind in kinds}
-    dtype = _compute_dtype(given)
-    _check_shapes(given)
-    return dtype
 
 
 def _compute_dtype(given: dict[str, Kind]) -> torch.dtype:
@@ -247,6 +316,12 @@ def _match(name: str, value: Kind, axes: tuple[str, ...], sizes: dict[str, int])
         expected = ", ".join(f"{axis} {sizes[axis]}" if axis in sizes else axis for axis in axes)
         raise ValueError(f"`{name}` must have shape ({expected}); got {tuple(value.shape)}")
     sizes.update(zip(axes, value.shape, strict=True))
+
+
+def _skip(D: Tensor, rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """D (head,) as (head, head_channel), in the memory it has."""
+    wide = (D if D.dtype == dtype else D.to(dtype)).unsqueeze(1)
+    return wide if rows[1] == 1 else wide.expand(rows)
 
 
 def _starts(seq_idx: Tensor) -> Tensor:

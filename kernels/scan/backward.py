@@ -8,6 +8,8 @@ Deterministic: what is a sum over rows (dB, dC), chunks or batch items (dA, dD, 
 program, and summed in one order.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -15,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mamba_probe.kernels.scan.arguments import Arguments
+from mamba_probe.kernels.scan.arguments import TENSORS, Arguments
 from mamba_probe.kernels.scan.backward_kernel import backward_kernel
 from mamba_probe.kernels.scan.fused import SEGMENT, dense, multiprocessors
-from mamba_probe.kernels.scan.launcher import blocks, fusible, padded, slots, start
+from mamba_probe.kernels.scan.launcher import Plan, Plans, blocks, fusible, padded, planned, slots, start
 
 __all__ = ["Tile", "Upstream", "backward", "backward_kernel", "choose_tile"]
 
@@ -88,7 +90,9 @@ def _choose_chunks(programs: int, slots: int, n_token: int) -> int:
     return min(range(1, max(1, n_token // SEGMENT) + 1), key=cost)
 
 
-def backward(a: Arguments, states: Tensor | None, given: Upstream, tile: Tile | None = None) -> dict[str, Tensor]:
+def backward(
+    a: Arguments, states: Tensor | None, given: Upstream, tile: Tile | None = None, plans: Plans | None = None
+) -> dict[str, Tensor]:
     """Gradients by the name of the argument, for each that was given; of its dtype, D (head, head_channel).
 
     states (batch, ceil(token / segment) - 1, head, head_channel, state), before tokens segment, 2 segment, ...: the
@@ -99,21 +103,38 @@ def backward(a: Arguments, states: Tensor | None, given: Upstream, tile: Tile | 
     for name in REFUSED:
         if getattr(given, name) is not None:
             raise ValueError(f'backend "triton" has no gradient of the emitted `{name}`: use backend="cpu"')
-    tile = tile or choose_tile(a)
+    above = _given(a, given)
+    kinds = tuple([None if value is None else value.dtype for value in above.values()])
+    key = choose_tile, tile, states is None, kinds, None if given.out is None else given.out.stride()
+    plan = planned(plans, key, lambda: _plan(a, above, tile or choose_tile(a)))
+    n_token, n_head = a.x.shape[1:3]
+    inputs = {
+        "x": a.x, "delta": a.delta, "A": a.A, "B": a.B, "C": a.C, "D": dense(a.D), "z": a.z, "bias": a.delta_bias,
+        "starts": dense(a.starts), "log": dense(a.log_decay), "initial": a.given_state, "states": states,
+        "token_slot": slots(a.emit.tokens, n_token, a.x.device),
+        "head_slot": slots(a.emit.channels, n_head, a.x.device),
+    }  # fmt: skip
+    return _gathered(a, start(plan, inputs | above))
+
+
+def _plan(a: Arguments, above: dict[str, Tensor | None], tile: Tile) -> Plan:
+    """The launches, which read of the gradients what `above` names."""
     n_batch, n_token, n_head, head_channel = a.x.shape
     n_group, n_state = a.B.shape[2:]
     chunk = blocks(blocks(n_token, tile.chunks), tile.segment) * tile.segment
     n_chunk = blocks(n_token, chunk)
     n_block = blocks(a.heads_per_group * head_channel, tile.rows)
     low = min(tile.low, padded(n_state))
-    inputs = *_inputs(a), states, _scratch(a, tile, n_batch * n_group * n_chunk * n_block)
-    given_too = *_given(a, given), slots(a.emit.tokens, n_token, a.x.device), slots(a.emit.channels, n_head, a.x.device)
-    tensors = *inputs, *given_too, *_between(a, n_chunk - 1)
-    out = _outputs(a, n_chunk, n_block)
+    plan = Plan(a.x.device)
+    inputs = "x", "delta", "A", "B", "C", "D", "z", "bias", "starts", "log", "initial", "states"
+    inputs += (_scratch(plan, a, tile, n_batch * n_group * n_chunk * n_block),)
+    tensors = *inputs, *above, "token_slot", "head_slot", *_between(plan, a, n_chunk - 1)
+    out = _outputs(plan, a, n_chunk, n_block)
     kept_token, kept_head = a.kept
+    given_out = above["d_out"]
     sizes = (
         *(t.stride() for t in (a.x, a.delta, a.B, a.C, a.x if a.z is None else a.z)),
-        (a.x if given.out is None else given.out).stride(),
+        (a.x if given_out is None else given_out).stride(),
         n_token, n_chunk, chunk, kept_token, n_batch, n_head, head_channel, n_group, n_state, kept_head,
         tile.rows, tile.tokens, tile.segment, padded(n_state) // low, low,
         a.delta_softplus, *a.delta_limits, a.discretization == "zoh", 1, tile.warps,
@@ -122,19 +143,22 @@ def backward(a: Arguments, states: Tensor | None, given: Upstream, tile: Tile | 
     options["enable_fp_fusion"] = fusible(n_state)
     if n_chunk > 1:
         nothing = (None,) * len(out)
-        start(backward_kernel, (n_block, n_chunk - 1, n_batch * n_group), *tensors, *nothing, *sizes, **options)
-    start(backward_kernel, (n_block, n_chunk, n_batch * n_group), *tensors, *out.values(), *sizes, **options)
-    return _gathered(a, **out)
+        plan.add(backward_kernel, (n_block, n_chunk - 1, n_batch * n_group), *tensors, *nothing, *sizes, **options)
+    plan.add(backward_kernel, (n_block, n_chunk, n_batch * n_group), *tensors, *out, *sizes, **options)
+    return plan
 
 
-def _inputs(a: Arguments) -> tuple[Tensor | None, ...]:
-    more = dense(a.D), a.z, a.delta_bias, dense(a.starts), dense(a.log_decay), a.given_state
-    return a.x, a.delta, a.A, a.B, a.C, *more
-
-
-def _given(a: Arguments, given: Upstream) -> tuple[Tensor | None, ...]:
-    emitted = (dense(getattr(given, name)) for name in ("A_bar", "B_bar", "h", "y"))
-    return given.out, dense(given.last_state), dense(_of_delta(a, given)), *emitted
+def _given(a: Arguments, given: Upstream) -> dict[str, Tensor | None]:
+    """Those of `given` that the kernel reads, in the order of its arguments."""
+    return {
+        "d_out": given.out,
+        "d_last": dense(given.last_state),
+        "d_delta": dense(_of_delta(a, given)),
+        "d_A_bar": dense(given.A_bar),
+        "d_B_bar": dense(given.B_bar),
+        "d_h": dense(given.h),
+        "d_y": dense(given.y),
+    }
 
 
 def _of_delta(a: Arguments, given: Upstream) -> Tensor | None:
@@ -147,54 +171,69 @@ def _of_delta(a: Arguments, given: Upstream) -> Tensor | None:
     return summed if given.delta is None else given.delta + summed
 
 
-def _scratch(a: Arguments, tile: Tile, n_program: int) -> Tensor | None:
+def _scratch(plan: Plan, a: Arguments, tile: Tile, n_program: int) -> str | None:
     """Where each program keeps the states of one segment, one a block; None where those saved are as many."""
     if tile.segment == tile.tokens:
         return None
     shape = n_program, tile.segment // tile.tokens, tile.rows, padded(a.B.shape[3])
-    return torch.empty(shape, dtype=a.dtype, device=a.x.device)
+    return plan.empty("scratch", shape, a.dtype)
 
 
-def _between(a: Arguments, n_chunk: int) -> tuple[Tensor | None, Tensor | None]:
+def _between(plan: Plan, a: Arguments, n_chunk: int) -> tuple[str | None, str | None]:
     """What chunks leave for the earlier ones: log2 of their decay, and g before them from nothing."""
     if not n_chunk:
         return None, None
     n_batch, *rest = a.state_shape
-    decay, local = torch.empty((2, n_batch, n_chunk, *rest), dtype=a.dtype, device=a.x.device)
+    decay, local = (plan.empty(name, (n_batch, n_chunk, *rest), a.dtype) for name in ("decay", "local"))
     return decay, local
 
 
-def _outputs(a: Arguments, n_chunk: int, n_block: int) -> dict[str, Tensor | None]:
+def _outputs(plan: Plan, a: Arguments, n_chunk: int, n_block: int) -> list[str | None]:
     """What the kernel fills, in the order of its arguments: gradients, and parts of those that are sums."""
     n_batch, n_token, *rows = a.x.shape
     n_group, n_state = a.B.shape[2:]
-
-    def empty(given: object, *shape: int, dtype: torch.dtype = a.dtype) -> Tensor | None:
-        return None if given is None else torch.empty(shape, dtype=dtype, device=a.x.device)
-
     parts = n_block, n_batch, n_token, n_group, n_state
-    return {
-        "x": empty(a.x, *a.x.shape, dtype=a.x.dtype),
-        "delta": empty(a.delta, *a.x.shape, dtype=a.delta.dtype if rows[1] == 1 else a.dtype),
-        "A": empty(a.A, n_batch, n_chunk, *rows, n_state),
-        **dict(zip("BC", torch.empty((2, *parts), dtype=a.dtype, device=a.x.device), strict=True)),
-        "D": empty(a.D, n_batch, n_chunk, *rows),
-        "z": empty(a.z, *a.x.shape, dtype=a.x.dtype if a.z is None else a.z.dtype),
-        "delta_bias": empty(a.delta_bias, n_batch, n_chunk, *rows),
-        "initial_state": empty(a.given_state, *a.state_shape),
-        "log_decay": empty(a.log_decay, n_batch, n_token, *rows, n_state),
-    }
+
+    def empty(name: str, given: Tensor | None, *shape: int, dtype: torch.dtype = a.dtype) -> str | None:
+        return None if given is None else plan.make(f"for_{name}", shape, dtype)
+
+    return [
+        empty("x", a.x, *a.x.shape, dtype=a.x.dtype),
+        empty("delta", a.delta, *a.x.shape, dtype=a.delta.dtype if rows[1] == 1 else a.dtype),
+        empty("A", a.A, n_batch, n_chunk, *rows, n_state),
+        plan.make("for_BC", (2, *parts), a.dtype),
+        plan.part("for_C", "for_BC", math.prod(parts)),
+        empty("D", a.D, n_batch, n_chunk, *rows),
+        empty("z", a.z, *a.x.shape, dtype=a.x.dtype if a.z is None else a.z.dtype),
+        empty("delta_bias", a.delta_bias, n_batch, n_chunk, *rows),
+        empty("initial_state", a.given_state, *a.state_shape),
+        empty("log_decay", a.log_decay, n_batch, n_token, *rows, n_state),
+    ]
 
 
-def _gathered(a: Arguments, **out: Tensor | None) -> dict[str, Tensor]:
-    """Sums over blocks, chunks, batch items and head channels, each in one order."""
-    over = {"A": (0, 1, 3), "D": (0, 1), "delta_bias": (0, 1, 3), "delta": 3, "log_decay": 3}
-    over |= {name: (0, 1, 2) if name in a.constant else 0 for name in "BC"}
+SUMS = {"A": (0, 1, 3), "D": (0, 1), "delta_bias": (0, 1, 3), "delta": 3, "log_decay": 3}
+"""Axes of the parts of a gradient: chunks, batch items and head channels, each in one order."""
+
+
+def _gathered(a: Arguments, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients, of the arguments' dtypes, from what the kernel has filled."""
     given: dict[str, Any] = vars(a) | {"initial_state": a.given_state}
-    found = {}
-    for name, value in out.items():
+    found = dict(zip("BC", _projected(a, tensors["for_BC"]), strict=True))
+    for name in TENSORS:
+        value = tensors.get(f"for_{name}")
         if value is not None:
             alone = name == "delta" and value.shape[3] == 1
-            summed = value[..., 0] if alone else value.sum(over[name]) if name in over else value
-            found[name] = summed.to(given[name].dtype)
-    return found
+            found[name] = value[..., 0] if alone else value.sum(SUMS[name]) if name in SUMS else value
+    return {name: narrow(value, given[name].dtype) for name, value in found.items()}
+
+
+def narrow(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another dtype where it has not that; torch takes longer to see that there is nothing to do."""
+    return value if value.dtype == dtype else value.to(dtype)
+
+
+def _projected(a: Arguments, parts: Tensor) -> Sequence[Tensor]:
+    """Those of B and C: summed in one launch where each is copied, to be narrowed, into its own memory after that."""
+    if a.constant or a.dtype in (a.B.dtype, a.C.dtype):
+        return [part.sum((0, 1, 2) if name in a.constant else 0) for name, part in zip("BC", parts, strict=True)]
+    return parts.sum(1).unbind()

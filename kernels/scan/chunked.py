@@ -26,6 +26,7 @@ state itself never is (`products`).
 # Triton's types know neither constexpr arguments nor loops over static_range.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ from torch import Tensor
 from mamba_probe.kernels.scan.arguments import Arguments
 from mamba_probe.kernels.scan.elementwise import silu
 from mamba_probe.kernels.scan.handover import hand_over, numbered, received
-from mamba_probe.kernels.scan.launcher import blocks, fusible, padded, start
+from mamba_probe.kernels.scan.launcher import Plan, Plans, blocks, fusible, padded, planned, start
 from mamba_probe.kernels.scan.products import dot, narrowed, terms
 from mamba_probe.kernels.scan.states import STAGES, states_kernel, tokens_kernel
 from mamba_probe.kernels.scan.steps import steps_kernel
@@ -251,11 +252,14 @@ def _choose_spans(sequences: int, n_token: int) -> int:
 
 
 class _Work(NamedTuple):
-    """A call, and how it is cut: into sequences, and these into spans of whole chunks."""
+    """A call, its plan, and how it is cut: into sequences, and these into spans of whole chunks.
+
+    `asked` names the tensors of what is emitted.
+    """
 
     arguments: Arguments
-    emitted: dict[str, Tensor]
-    slots: tuple[Tensor | None, Tensor | None]
+    plan: Plan
+    asked: dict[str, str]
     tile: Tile
     sequences: int
     spans: int
@@ -270,7 +274,7 @@ class _Work(NamedTuple):
     @property
     def asks(self) -> set[str]:
         """What the kernels of `states` emit."""
-        return {"h", "energy", "B_bar", "delta_cumsum"}.intersection(self.emitted)
+        return {"h", "energy", "B_bar", "delta_cumsum"}.intersection(self.asked)
 
 
 def launch(
@@ -281,72 +285,90 @@ def launch(
     token_slot: Tensor | None,
     head_slot: Tensor | None,
     tile: Tile | None = None,
+    plans: Plans | None = None,
 ) -> None:
     """Fill `out`, `last` and what is `emitted`."""
+    plan = planned(plans, (choose_tile, tile), lambda: _plan(a, emitted, tile or choose_tile(a)))
+    more = {"out": out, "last": last, "token_slot": token_slot, "head_slot": head_slot}
+    start(plan, inputs(a) | more | {f"e_{name}": value for name, value in emitted.items()})
+
+
+def inputs(a: Arguments) -> dict[str, Tensor | None]:
+    """By the names that the plans of A (head,) have for them."""
+    return {
+        "x": a.x, "delta": a.delta, "A": a.A, "B": a.B, "C": a.C, "D": a.D, "z": a.z, "bias": a.delta_bias,
+        "starts": None if a.starts is None else a.starts.to(torch.uint8).contiguous(), "log": a.log_decay,
+        "initial": a.given_state,
+    }  # fmt: skip
+
+
+def _plan(a: Arguments, emitted: Iterable[str], tile: Tile) -> Plan:
+    """The launches."""
     n_batch, n_token, n_head, head_channel = a.x.shape
-    tile = tile or choose_tile(a)
     sequences = n_batch * n_head * blocks(head_channel, tile.channels)
     span = blocks(blocks(n_token, tile.tokens), tile.spans) * tile.tokens
-    work = _Work(a, emitted, (token_slot, head_slot), tile, sequences, blocks(n_token, span), span)
+    plan, asked = Plan(a.x.device), {name: f"e_{name}" for name in emitted}
+    work = _Work(a, plan, asked, tile, sequences, blocks(n_token, span), span)
     block_n = max(16, padded(a.B.shape[3]))
     handed = flag = boundary = None
+    n_handed = sequences * (work.spans - 1)
     if work.spans > 1:
-        n_handed = sequences * (work.spans - 1)
-        handed = a.x.new_empty(n_handed * (tile.channels * block_n + 1), dtype=a.dtype)
-        flag = a.x.new_empty(padded(n_handed + 1), dtype=torch.int32)
-    if "h" in emitted or "energy" in emitted:
-        boundary = a.x.new_empty((n_batch, n_head, blocks(n_token, BOUNDARY), *last.shape[2:]), dtype=a.dtype)
-    steps, tokens = _find_steps(work, flag)
-    start(
+        handed = plan.empty("handed", (n_handed * (tile.channels * block_n + 1),), a.dtype)
+        flag = plan.empty("flag", (padded(n_handed + 1),), torch.int32)
+    if "h" in asked or "energy" in asked:
+        shape = n_batch, n_head, blocks(n_token, BOUNDARY), *a.state_shape[2:]
+        boundary = plan.empty("boundary", shape, a.dtype)
+    steps, tokens = add_steps(work, flag)
+    plan.add(
         scan_kernel, (sequences * work.spans, 1, 1),
-        a.x, a.B, a.C, a.D, a.z, steps, a.given_state, handed, flag,
-        out, last, boundary, token_slot, head_slot, emitted.get("y"),
+        "x", "B", "C", "D", "z", steps, "initial", handed, flag,
+        "out", "last", boundary, "token_slot", "head_slot", asked.get("y"),
         *map(_strides, (a.x, a.B, a.C)), (0, 0) if a.D is None else a.D.stride(), _strides(a.z),
         n_token, sequences, work.spans, span, *a.kept, *work.sizes, tile.tokens, tile.channels, block_n, BOUNDARY,
         1 < work.spans <= PROGRAMS // sequences, COMPILED and a.dtype == torch.float32,
-        a.x.dtype != torch.bfloat16 or "y" in emitted,
+        a.x.dtype != torch.bfloat16 or "y" in asked,
         num_warps=tile.warps, num_stages=tile.stages, **({} if tile.registers is None else {"maxnreg": tile.registers}),
     )  # fmt: skip
     if tokens is not None:
-        _emit_tokens(work, tokens, boundary)
+        _add_tokens(work, tokens, boundary)
+    return plan
 
 
-def _find_steps(work: _Work, flag: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def add_steps(work: _Work, flag: str | None) -> tuple[str, str | None]:
     """What `steps_kernel` finds, for a whole number of chunks; of every token only where that is needed."""
-    a, chunk, n_padded = work.arguments, work.tile.tokens, work.spans * work.span
+    a, plan, chunk, n_padded = work.arguments, work.plan, work.tile.tokens, work.spans * work.span
     n_batch, n_token, n_head, _ = a.x.shape
     rows, n_chunk, heads = n_batch * n_head, n_padded // chunk, min(16, padded(n_head))
-    steps = a.x.new_empty(rows * (4 * n_padded + n_chunk), dtype=a.dtype)
-    tokens = a.x.new_empty((rows, 3, n_padded), dtype=a.dtype) if work.asks else None
-    starts = None if a.starts is None else a.starts.to(torch.uint8).contiguous()
-    start(
+    steps = plan.empty("steps", (rows * (4 * n_padded + n_chunk),), a.dtype)
+    tokens = plan.empty("tokens", (rows, 3, n_padded), a.dtype) if work.asks else None
+    plan.add(
         steps_kernel, (n_chunk, blocks(n_head, heads), n_batch),
-        a.delta, a.A, a.delta_bias, starts, a.log_decay, steps, tokens, flag, *work.slots,
-        work.emitted.get("delta"), work.emitted.get("A_bar"), _strides(a.delta), _strides(a.log_decay),
-        n_token, n_chunk, *a.kept, n_head, 1 if flag is None else len(flag), chunk, heads,
+        "delta", "A", "bias", "starts", "log", steps, tokens, flag, "token_slot", "head_slot",
+        work.asked.get("delta"), work.asked.get("A_bar"), _strides(a.delta), _strides(a.log_decay),
+        n_token, n_chunk, *a.kept, n_head, 1 if flag is None else plan.scratch[flag][1][0], chunk, heads,
         a.delta_softplus, *a.delta_limits, a.discretization == "zoh", num_warps=4,
     )  # fmt: skip
     return steps, tokens
 
 
-def _emit_tokens(work: _Work, tokens: Tensor, boundary: Tensor | None) -> None:
+def _add_tokens(work: _Work, tokens: str, boundary: str | None) -> None:
     """What is emitted of every token by the kernels of `states`."""
-    a, emitted, (n_head, head_channel, n_group, n_state) = work.arguments, work.emitted, work.sizes
-    lengths = a.n_token, tokens.shape[2], *a.kept
+    a, plan, asked, (n_head, head_channel, n_group, n_state) = work.arguments, work.plan, work.asked, work.sizes
+    lengths = a.n_token, plan.scratch[tokens][1][2], *a.kept
     block_n = padded(n_state)
     if boundary is not None:
         channels = min(CHANNELS, padded(head_channel))
-        start(
-            states_kernel, (n_head * blocks(head_channel, channels), boundary.shape[2], len(a.x)),
-            a.x, a.B, tokens, boundary, *work.slots, emitted.get("h"), emitted.get("energy"),
+        plan.add(
+            states_kernel, (n_head * blocks(head_channel, channels), plan.scratch[boundary][1][2], len(a.x)),
+            "x", "B", tokens, boundary, "token_slot", "head_slot", asked.get("h"), asked.get("energy"),
             _strides(a.x), _strides(a.B), *lengths, *work.sizes, channels, block_n, BOUNDARY, STAGES,
             num_warps=4, num_stages=1, enable_fp_fusion=fusible(n_state),
         )  # fmt: skip
-    if "B_bar" in emitted or "delta_cumsum" in emitted:
-        start(
+    if "B_bar" in asked or "delta_cumsum" in asked:
+        plan.add(
             tokens_kernel, (n_head, 1, len(a.x)),
-            a.B, tokens, *work.slots, emitted.get("B_bar"), emitted.get("delta_cumsum"), _strides(a.B), *lengths,
-            n_head, n_group, n_state, 16, block_n, num_warps=4,
+            "B", tokens, "token_slot", "head_slot", asked.get("B_bar"), asked.get("delta_cumsum"), _strides(a.B),
+            *lengths, n_head, n_group, n_state, 16, block_n, num_warps=4,
         )  # fmt: skip
 
 

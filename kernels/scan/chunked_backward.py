@@ -22,6 +22,7 @@ A gradient of the emitted h, as large as all else together, goes the plain way: 
 runs once more for the states that its own backward begins from, and that backward does the rest, token after token.
 """
 
+import math
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ from mamba_probe.kernels.emission import Emit
 from mamba_probe.kernels.scan import backward as by_token
 from mamba_probe.kernels.scan import chunked, fused, naive
 from mamba_probe.kernels.scan.arguments import Arguments
-from mamba_probe.kernels.scan.backward import REFUSED, Upstream
+from mamba_probe.kernels.scan.backward import REFUSED, Upstream, narrow
 from mamba_probe.kernels.scan.chunked import _strides
 from mamba_probe.kernels.scan.chunked_backward_kernel import (
     boundary_kernel,
@@ -42,7 +43,7 @@ from mamba_probe.kernels.scan.chunked_backward_kernel import (
     projections_kernel,
     steps_backward_kernel,
 )
-from mamba_probe.kernels.scan.launcher import blocks, padded, slots, start
+from mamba_probe.kernels.scan.launcher import Plan, Plans, blocks, padded, planned, slots, start
 
 __all__ = ["Tile", "backward", "choose_tile"]
 
@@ -97,12 +98,14 @@ class _Work(NamedTuple):
     """A call, how it is cut, and what its kernels share."""
 
     arguments: Arguments
-    given: Upstream
+    plan: Plan
+    above: dict[str, Tensor | None]
     tile: Tile
     chunks: int
-    steps: Tensor
-    y: Tensor | None
-    """The gradient of y, of all tokens and heads."""
+    steps: str
+    dy: str
+    """The gradient of y; that of the output where these are the same."""
+    dy_strides: tuple[Any, ...]
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -128,12 +131,18 @@ class _Work(NamedTuple):
         """That of h, e and dy between the kernels."""
         return torch.bfloat16 if self.precision == (True, False) else self.arguments.dtype
 
-    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor to be filled, in the compute dtype where no other is named."""
-        return self.arguments.x.new_empty(shape, dtype=dtype or self.arguments.dtype)
+    def make(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> str:
+        """A gradient, or its parts, in the compute dtype where no other is named."""
+        return self.plan.make(name, shape, dtype or self.arguments.dtype)
+
+    def empty(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> str:
+        """What later launches read."""
+        return self.plan.empty(name, shape, dtype or self.arguments.dtype)
 
 
-def backward(a: Arguments, states: Tensor | None, given: Upstream, tile: Tile | None = None) -> dict[str, Tensor]:
+def backward(
+    a: Arguments, states: Tensor | None, given: Upstream, tile: Tile | None = None, plans: Plans | None = None
+) -> dict[str, Tensor]:
     """Gradients by the name of the argument, for each that was given; of its dtype, D (head, head_channel).
 
     states: None, since the forward saves none; it is there for the signature that all backwards have.
@@ -147,95 +156,129 @@ def backward(a: Arguments, states: Tensor | None, given: Upstream, tile: Tile | 
     if states is not None:
         raise ValueError(f"`states` must be None where A is (head,): none is saved; got shape {tuple(states.shape)}")
     if given.h is not None:
-        return _by_token(a, given)
+        return _by_token(a, given, plans)
     try:
-        return _by_chunk(a, given, tile or choose_tile(a))
+        return _by_chunk(a, given, tile, plans)
     except OutOfResources as error:
         sizes = f"{a.x.shape[3]} channels and {a.B.shape[3]} states a head"
         raise ValueError(f'backend "triton" has no gradients of {sizes}: use backend="cpu"; {error}') from error
 
 
-def _by_chunk(a: Arguments, given: Upstream, tile: Tile) -> dict[str, Tensor]:
+def _by_chunk(a: Arguments, given: Upstream, tile: Tile | None, plans: Plans | None) -> dict[str, Tensor]:
     """`backward` by the kernels of `chunked_backward_kernel`."""
-    y = None if given.y is None else _spread(given.y, a, a.dtype)
-    work = _Work(a, given, tile, blocks(a.n_token, tile.tokens), _find_steps(a, tile), y)
-    h, e, dy, d_initial = _boundaries(work)
-    found, d_steps = _of_inputs(work, h, e, dy)
-    d_BC, both = _of_projections(work, h, e, dy)
     more, d_B = _more(a, given)
-    found |= _of_steps(work, d_steps, both, more) | {"initial_state": d_initial}
+    above = {
+        "d_out": given.out,
+        "d_last": None if given.last_state is None else given.last_state.to(a.dtype).contiguous(),
+        "d_y": None if given.y is None else _spread(given.y, a, a.dtype),
+        "more_delta": more.delta, "more_log": more.log, "more_write": more.write,
+    }  # fmt: skip
+    kinds = tuple([None if value is None else value.dtype for value in above.values()])
+    key = choose_tile, tile, kinds, None if given.out is None else given.out.stride()
+    plan = planned(plans, key, lambda: _plan(a, above, tile or choose_tile(a)))
+    return _gathered(a, start(plan, chunked.inputs(a) | {"token_slot": None, "head_slot": None} | above), d_B)
+
+
+def _plan(a: Arguments, above: dict[str, Tensor | None], tile: Tile) -> Plan:
+    """The launches, which read of the gradients what `above` names."""
+    plan, n_chunk = Plan(a.x.device), blocks(a.n_token, tile.tokens)
+    whole = chunked.Tile(tile.tokens, tile.channels, 1)
+    steps, _ = chunked.add_steps(chunked._Work(a, plan, {}, whole, 0, n_chunk, tile.tokens), None)
+    is_found = a.z is not None or above["d_y"] is not None or above["d_out"] is None
+    strides = _strides(torch.empty(a.x.shape, device="meta") if is_found else above["d_out"])
+    work = _Work(a, plan, above, tile, n_chunk, steps, "dy" if is_found else "d_out", strides)
+    for add in (_add_boundaries, _add_inputs, _add_projections, _add_steps):
+        add(work)
+    return plan
+
+
+def _gathered(a: Arguments, found: dict[str, Tensor], d_B: Tensor | None) -> dict[str, Tensor]:
+    """The gradients, from what the kernels have filled and d_B, which is added to that of B."""
+    parts = found["d_BC"]
+    d_BC = parts.sum(1) if parts.shape[1] > 1 else parts[:, 0]
     if d_B is not None:
         d_BC[0] += d_B
+    D, bias = (value if value is None else value.sum((0, 1)) for value in (found.get("for_D"), found.get("for_bias")))
+    gradients = {
+        "x": found["for_x"], "z": found.get("for_z"), "D": D, "delta": found["for_delta"],
+        "A": found["for_A"].sum((0, 1)), "delta_bias": bias, "log_decay": found.get("for_log"),
+        "initial_state": found.get("for_initial"),
+    }  # fmt: skip
     for name, value in zip("BC", d_BC, strict=True):
-        found[name] = (value.sum((0, 1)) if name in a.constant else value).to(getattr(a, name).dtype)
-    return {name: value for name, value in found.items() if value is not None}
+        gradients[name] = narrow(value.sum((0, 1)) if name in a.constant else value, getattr(a, name).dtype)
+    return {name: value for name, value in gradients.items() if value is not None}
 
 
-def _find_steps(a: Arguments, tile: Tile) -> Tensor:
-    """What `steps_kernel` finds, for whole chunks."""
-    whole = chunked.Tile(tile.tokens, tile.channels, 1)
-    work = chunked._Work(a, {}, (None, None), whole, 0, blocks(a.n_token, tile.tokens), tile.tokens)
-    return chunked._find_steps(work, None)[0]
-
-
-def _boundaries(work: _Work) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _add_boundaries(work: _Work) -> None:
     """h before and e after every chunk, (batch, head, chunk, state, head_channel), dy, and d initial_state."""
-    a, given, tile, n_chunk, steps, y = work
+    a, plan, above, tile, n_chunk, steps, dy, _ = work
     n_batch, n_token, n_head, head_channel = a.x.shape
     channels = min(tile.channels, work.covers[0])
-    h, e = (work.empty(n_batch, n_head, n_chunk, a.B.shape[3], head_channel, dtype=work.kept) for _ in range(2))
-    fresh = None
-    if a.z is not None or y is not None or given.out is None:
-        fresh = work.empty(*a.x.shape, dtype=work.kept)
-    dy: Any = given.out if fresh is None else fresh
-    d_initial = None if a.given_state is None else work.empty(*a.state_shape)
-    last = None if given.last_state is None else given.last_state.to(a.dtype).contiguous()
-    start(
+    h, e = (work.empty(name, n_batch, n_head, n_chunk, a.B.shape[3], head_channel, dtype=work.kept) for name in "he")
+    fresh = None if dy == "d_out" else work.empty(dy, *a.x.shape, dtype=work.kept)
+    d_initial = None if a.given_state is None else work.make("for_initial", *a.state_shape)
+    plan.add(
         boundary_kernel, (2, n_head * blocks(head_channel, channels), n_batch),
-        a.x, a.B, a.C, a.z, steps, a.given_state, given.out, last, y, h, e, fresh, d_initial,
-        *map(_strides, (a.x, a.B, a.C, a.z, given.out)), n_token, n_chunk,
+        "x", "B", "C", "z", steps, "initial", "d_out", "d_last", "d_y", h, e, fresh, d_initial,
+        *map(_strides, (a.x, a.B, a.C, a.z, above["d_out"])), n_token, n_chunk,
         *work.sizes, tile.tokens, channels, work.covers[1], *work.precision,
         num_warps=tile.warps, num_stages=3 if work.kept == torch.bfloat16 else 2,
     )  # fmt: skip
-    return h, e, dy, d_initial
 
 
-def _of_inputs(work: _Work, h: Tensor, e: Tensor, dy: Tensor) -> tuple[dict[str, Tensor | None], Tensor]:
+def _add_inputs(work: _Work) -> None:
     """Gradients of x, z and D; and d_steps (batch x head, 2, token), those of the log of the decay and of the scale."""
-    a, given, tile, n_chunk, steps, y = work
+    a, plan, above, tile, n_chunk, steps, dy, dy_strides = work
     n_batch, n_token, n_head, head_channel = a.x.shape
-    d_x = work.empty(*a.x.shape, dtype=a.x.dtype)
-    d_z = None if a.z is None else work.empty(*a.z.shape, dtype=a.z.dtype)
-    d_D = None if a.D is None else work.empty(n_batch, n_chunk, n_head, head_channel)
-    d_steps = work.empty(n_batch * n_head, 2, n_chunk * tile.tokens)
-    start(
+    d_x = work.make("for_x", *a.x.shape, dtype=a.x.dtype)
+    d_z = None if a.z is None else work.make("for_z", *a.z.shape, dtype=a.z.dtype)
+    d_D = None if a.D is None else work.make("for_D", n_batch, n_chunk, n_head, head_channel)
+    d_steps = work.empty("d_steps", n_batch * n_head, 2, n_chunk * tile.tokens)
+    plan.add(
         inputs_kernel, (n_head, n_chunk, n_batch),
-        a.x, a.B, a.C, a.D, a.z, steps, h, e, dy, given.out, y, d_x, d_z, d_D, d_steps,
+        "x", "B", "C", "D", "z", steps, "h", "e", dy, "d_out", "d_y", d_x, d_z, d_D, d_steps,
         *map(_strides, (a.x, a.B, a.C)), (0, 0) if a.D is None else a.D.stride(),
-        *map(_strides, (a.z, given.out, dy)), n_token, n_chunk,
+        *map(_strides, (a.z, above["d_out"])), dy_strides, n_token, n_chunk,
         *work.sizes, tile.tokens, *work.covers, *work.precision,
         num_warps=4, num_stages=1,
     )  # fmt: skip
-    return {"x": d_x, "z": d_z, "D": None if d_D is None else d_D.sum((0, 1))}, d_steps
 
 
-def _of_projections(work: _Work, h: Tensor, e: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of B and C, (2, batch, token, group, state), and parts of <e, h>, (batch x head, chunk, part)."""
-    a, _, tile, n_chunk, steps, _ = work
+def _add_projections(work: _Work) -> None:
+    """Gradients of B and C, (2, block, batch, token, group, state), and parts of <e, h>, (batch x head, chunk, ...)."""
+    a, plan, _, tile, n_chunk, steps, dy, dy_strides = work
     n_batch, n_token, n_head, _ = a.x.shape
     n_group, n_state = a.B.shape[2:]
     channels, states = work.covers[0], min(tile.states, work.covers[1])
     n_block = blocks(a.heads_per_group, tile.heads)
-    d_BC = work.empty(2, n_block, n_batch, n_token, n_group, n_state)
-    both = work.empty(n_batch * n_head, n_chunk, blocks(n_state, states))
-    start(
+    shape = n_block, n_batch, n_token, n_group, n_state
+    d_BC = work.make("d_BC", 2, *shape)
+    both = work.empty("both", n_batch * n_head, n_chunk, blocks(n_state, states))
+    plan.add(
         projections_kernel, (n_block * blocks(n_state, states), n_chunk, n_batch * n_group),
-        a.x, a.B, a.C, steps, h, e, dy, d_BC[0], d_BC[1], both,
-        *map(_strides, (a.x, a.B, a.C, dy)), n_token, n_chunk,
+        "x", "B", "C", steps, "h", "e", dy, d_BC, plan.part("d_C", d_BC, math.prod(shape)), both,
+        *map(_strides, (a.x, a.B, a.C)), dy_strides, n_token, n_chunk,
         *work.sizes, tile.heads, tile.tokens, channels, states, *work.precision,
         num_warps=4, num_stages=tile.stages,
     )  # fmt: skip
-    return d_BC.sum(1) if n_block > 1 else d_BC[:, 0], both
+
+
+def _add_steps(work: _Work) -> None:
+    """Gradients of delta, A, delta_bias and log_decay."""
+    a, plan, n_head = work.arguments, work.plan, work.sizes[0]
+    n_block, heads, n_padded = blocks(a.n_token, 64), min(16, padded(n_head)), work.chunks * work.tile.tokens
+    fade = plan.part("fade", work.steps, 4 * len(a.x) * n_head * n_padded)
+    d_delta = work.make("for_delta", *a.delta.shape, dtype=a.delta.dtype)
+    d_log = None if a.log_decay is None else work.make("for_log", *a.delta.shape, dtype=a.log_decay.dtype)
+    d_A = work.make("for_A", len(a.x), n_block, n_head)
+    d_bias = None if a.delta_bias is None else work.make("for_bias", len(a.x), n_block, n_head)
+    plan.add(
+        steps_backward_kernel, (n_block, blocks(n_head, heads), len(a.x)),
+        "delta", "A", "bias", fade, "d_steps", "both", "more_delta", "more_log", "more_write", d_delta, d_A, d_bias,
+        d_log, _strides(a.delta), a.n_token, n_padded,
+        n_head, plan.scratch["both"][1][2], work.tile.tokens, 64, heads,
+        a.delta_softplus, *a.delta_limits, a.discretization == "zoh", num_warps=4,
+    )  # fmt: skip
 
 
 class _More(NamedTuple):
@@ -244,26 +287,6 @@ class _More(NamedTuple):
     delta: Tensor | None = None
     log: Tensor | None = None
     write: Tensor | None = None
-
-
-def _of_steps(work: _Work, d_steps: Tensor, both: Tensor, more: _More) -> dict[str, Tensor | None]:
-    """Gradients of delta, A, delta_bias and log_decay."""
-    a, n_head = work.arguments, work.sizes[0]
-    n_block, heads = blocks(a.n_token, 64), min(16, padded(n_head))
-    fade = work.steps[2 * d_steps.numel() :]
-    d_delta = work.empty(*a.delta.shape, dtype=a.delta.dtype)
-    d_log = None if a.log_decay is None else work.empty(*a.delta.shape, dtype=a.log_decay.dtype)
-    d_A = work.empty(len(a.x), n_block, n_head)
-    d_bias = None if a.delta_bias is None else torch.empty_like(d_A)
-    start(
-        steps_backward_kernel, (n_block, blocks(n_head, heads), len(a.x)),
-        a.delta, a.A, a.delta_bias, fade, d_steps, both, *more, d_delta, d_A, d_bias, d_log,
-        _strides(a.delta), a.n_token, d_steps.shape[2],
-        n_head, both.shape[2], work.tile.tokens, 64, heads,
-        a.delta_softplus, *a.delta_limits, a.discretization == "zoh", num_warps=4,
-    )  # fmt: skip
-    d_bias = None if d_bias is None else d_bias.sum((0, 1))
-    return {"delta": d_delta, "A": d_A.sum((0, 1)), "delta_bias": d_bias, "log_decay": d_log}
 
 
 def _more(a: Arguments, given: Upstream) -> tuple[_More, Tensor | None]:
@@ -297,7 +320,7 @@ def _spread(value: Tensor, a: Arguments, dtype: torch.dtype) -> Tensor:
     return value.contiguous()
 
 
-def _by_token(a: Arguments, given: Upstream) -> dict[str, Tensor]:
+def _by_token(a: Arguments, given: Upstream, plans: Plans | None) -> dict[str, Tensor]:
     """The gradients where one of h is given: of a scan in which each state has its own A."""
     n_state = a.B.shape[3]
     log_decay, A_bar = a.log_decay, given.A_bar
@@ -306,19 +329,19 @@ def _by_token(a: Arguments, given: Upstream) -> dict[str, Tensor]:
     if A_bar is not None:  # that of one state, so that their sum is right
         A_bar = torch.nn.functional.pad(A_bar[..., None], (0, n_state - 1))
     wide = replace(a, A=a.A.expand(-1, n_state).contiguous(), scalar_A=False, log_decay=log_decay)
-    found = by_token.backward(wide, _saved_states(wide), replace(given, A_bar=A_bar))
+    found = by_token.backward(wide, _saved_states(wide, plans), replace(given, A_bar=A_bar), plans=plans)
     found["A"] = found["A"].sum(1)
     if a.log_decay is not None:
         found["log_decay"] = found["log_decay"].sum(3).to(a.log_decay.dtype)
     return found
 
 
-def _saved_states(a: Arguments) -> Tensor | None:
+def _saved_states(a: Arguments, plans: Plans | None) -> Tensor | None:
     """Those before every SEGMENT-th token, as `fused` leaves them."""
     n_state = blocks(a.n_token, fused.SEGMENT) - 1
     if not n_state:
         return None
     states = a.x.new_empty((len(a.x), n_state, *a.state_shape[1:]), dtype=a.dtype)
     out, last = torch.empty_like(a.x), torch.empty_like(states[:, 0])
-    fused.launch(replace(a, emit=Emit()), out, last, {}, None, None, states=states)
+    fused.launch(replace(a, emit=Emit()), out, last, {}, None, None, states=states, plans=plans)
     return states

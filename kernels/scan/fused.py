@@ -5,6 +5,7 @@ state and its decay; then for every chunk, from what the chunks before it left, 
 """
 
 import math
+from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from mamba_probe.kernels.scan.arguments import Arguments
 from mamba_probe.kernels.scan.fused_kernel import scan_kernel
-from mamba_probe.kernels.scan.launcher import blocks, fusible, padded, start
+from mamba_probe.kernels.scan.launcher import Plan, Plans, blocks, fusible, padded, planned, start
 
 __all__ = ["SEGMENT", "Tile", "choose_tile", "dense", "launch", "multiprocessors", "scan_kernel"]
 
@@ -89,12 +90,26 @@ def launch(
     tile: Tile | None = None,
     states: Tensor | None = None,
     segment: int = SEGMENT,
+    plans: Plans | None = None,
 ) -> None:
     """Fill `out`, `last`, what is `emitted`, and `states` with those before tokens segment, 2 segment, ..."""
+    key = choose_tile, tile, segment, states is None
+    plan = planned(plans, key, lambda: _plan(a, emitted, tile or choose_tile(a), segment, states is not None))
+    given = {
+        "x": a.x, "delta": a.delta, "A": a.A, "B": a.B, "C": a.C, "D": dense(a.D), "z": a.z, "bias": a.delta_bias,
+        "starts": dense(a.starts), "log": dense(a.log_decay), "initial": a.given_state,
+        "out": out, "last": last, "token_slot": token_slot, "head_slot": head_slot, "states": states,
+    }  # fmt: skip
+    for name, value in emitted.items():
+        given[f"e_{name}"] = value
+    start(plan, given)
+
+
+def _plan(a: Arguments, emitted: Iterable[str], tile: Tile, segment: int, saves: bool) -> Plan:
+    """The launches; it saves states, or not, before every `segment`-th token."""
     n_batch, n_token, n_head, head_channel = a.x.shape
     n_group, n_state = a.B.shape[2:]
-    tile = tile or choose_tile(a)
-    if states is not None and segment % tile.tokens:
+    if saves and segment % tile.tokens:
         raise ValueError(f"`segment` must be a multiple of the tile's {tile.tokens} tokens; got {segment}")
     chunk = blocks(blocks(n_token, tile.chunks), tile.tokens) * tile.tokens
     n_chunk = blocks(n_token, chunk)
@@ -102,9 +117,10 @@ def launch(
     state = padded(n_state)
     low = min(tile.low, state)
     kept_token, kept_head = a.kept
-    inputs = a.x, a.delta, a.A, a.B
-    more = dense(a.D), a.z, a.delta_bias, dense(a.starts), dense(a.log_decay), a.given_state
-    outputs = *_between(a, n_chunk - 1, emitted), out, last, token_slot, head_slot
+    plan = Plan(a.x.device)
+    inputs = "x", "delta", "A", "B"
+    more = "D", "z", "bias", "starts", "log", "initial"
+    outputs = *_between(plan, a, n_chunk - 1, "delta_cumsum" in emitted), "out", "last", "token_slot", "head_slot"
     sizes = (
         a.x.stride(), a.delta.stride(), a.B.stride(), a.C.stride(), (a.x if a.z is None else a.z).stride(),
         n_token, n_chunk, chunk, kept_token,
@@ -113,30 +129,27 @@ def launch(
     )  # fmt: skip
     options = {"num_warps": 1, "num_stages": 1, "maxnreg": REGISTERS, "enable_fp_fusion": fusible(n_state)}
     if n_chunk > 1:
-        nothing = (None,) * len(EMITTED)
+        nothing = (None,) * (len(EMITTED) + 1)
         grid = n_block, n_chunk - 1, n_batch * n_group
-        start(scan_kernel, grid, *inputs, None, *more, *outputs, *nothing, None, *sizes, 1, EARLY, segment, **options)
+        plan.add(scan_kernel, grid, *inputs, None, *more, *outputs, *nothing, *sizes, 1, EARLY, segment, **options)
         options["launch_pdl"] = EARLY
-    asked = *(emitted.get(name) for name in EMITTED), states
     grid = n_block, n_chunk, n_batch * n_group
-    start(scan_kernel, grid, *inputs, a.C, *more, *outputs, *asked, *sizes, tile.stages, EARLY, segment, **options)
+    asked = *(f"e_{name}" if name in emitted else None for name in EMITTED), "states" if saves else None
+    plan.add(scan_kernel, grid, *inputs, "C", *more, *outputs, *asked, *sizes, tile.stages, EARLY, segment, **options)
+    return plan
 
 
-def _between(
-    a: Arguments, n_chunk: int, emitted: dict[str, Tensor]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _between(plan: Plan, a: Arguments, n_chunk: int, sums: bool) -> tuple[str | None, str | None, str | None]:
     """What chunks leave for the later ones: their decay (the sum of delta, or log2 of every state's), their last state,
     and the sum of delta in float64 where it is emitted."""
     if not n_chunk:
         return None, None, None
     n_batch, *rest = a.state_shape
-    local = torch.empty((n_batch, n_chunk, *rest), dtype=a.dtype, device=a.x.device)
+    rows = n_batch, n_chunk, *rest
     whole = a.log_decay is not None or a.starts is not None
-    decay = torch.empty_like(local) if whole else torch.empty(local.shape[:-1], dtype=a.dtype, device=a.x.device)
-    elapsed = None
-    if "delta_cumsum" in emitted:
-        elapsed = torch.empty((n_batch, n_chunk, rest[0]), dtype=torch.float64, device=a.x.device)
-    return decay, local, elapsed
+    decay = plan.empty("decay", rows if whole else rows[:-1], a.dtype)
+    elapsed = plan.empty("elapsed", rows[:3], torch.float64) if sums else None
+    return decay, plan.empty("local", rows, a.dtype), elapsed
 
 
 def dense(tensor: Tensor | None) -> Tensor | None:

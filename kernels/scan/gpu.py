@@ -15,15 +15,29 @@ import triton
 from torch import Tensor
 
 from mamba_probe.kernels.emission import Emission
-from mamba_probe.kernels.scan import chunked, fused, mass
+from mamba_probe.kernels.scan import backward as by_token
+from mamba_probe.kernels.scan import chunked, chunked_backward, fused, mass
 from mamba_probe.kernels.scan.arguments import Arguments, buffers
-from mamba_probe.kernels.scan.launcher import blocks, listed, slots
+from mamba_probe.kernels.scan.launcher import Plans, blocks, listed, slots
 
-__all__ = ["backward", "buffers", "check_arguments", "check_device", "empty_states", "scan"]
+__all__ = ["backward", "buffers", "check_arguments", "check_device", "empty_states", "fill", "scan"]
 
 
-def scan(a: Arguments, states: Tensor | None = None) -> tuple[Tensor, Tensor, Emission]:
-    """Outputs (batch, token, head, head_channel) in x's dtype, last state, emission; fills `states` where given."""
+NOTHING = Emission()
+"""Emitted, for calls that ask for nothing."""
+
+
+def scan(a: Arguments, states: Tensor | None = None, plans: Plans | None = None) -> tuple[Tensor, Tensor, Emission]:
+    """Outputs (batch, token, head, head_channel) in x's dtype, last state, emission; fills `states` where given.
+
+    plans: what earlier calls of this form have kept (`formed`).
+    """
+    out, last, emitted = fill(a, states, plans)
+    return out, last, Emission(**emitted, **_inputs(a)) if a.emit.variables else NOTHING
+
+
+def fill(a: Arguments, states: Tensor | None, plans: Plans | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """`scan`, but for B and C."""
     check_arguments(a)
     device, (_, n_token, n_head, _) = a.x.device, a.x.shape
     out = torch.empty(a.x.shape, dtype=a.x.dtype, device=device)
@@ -32,11 +46,11 @@ def scan(a: Arguments, states: Tensor | None = None) -> tuple[Tensor, Tensor, Em
     asked = emitted, slots(a.emit.tokens, n_token, device), slots(a.emit.channels, n_head, device)
     with torch.cuda.device_of(a.x):
         if a.scalar_A:
-            chunked.launch(a, out, last, *asked)
+            chunked.launch(a, out, last, *asked, plans=plans)
         else:
-            fused.launch(a, out, last, *asked, states=states)
-        mass.launch(a, *asked)
-    return out, last, Emission(**emitted, **_inputs(a))
+            fused.launch(a, out, last, *asked, states=states, plans=plans)
+        mass.launch(a, *asked, plans=plans)
+    return out, last, emitted
 
 
 def _inputs(a: Arguments) -> dict[str, Tensor]:
@@ -58,14 +72,14 @@ def empty_states(a: Arguments) -> list[Tensor]:
     return [torch.empty((n_batch, n_state, *rest), dtype=a.dtype, device=a.x.device)]
 
 
-def backward(a: Arguments, states: Tensor | None, upstream: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+def backward(
+    a: Arguments, states: Tensor | None, upstream: Mapping[str, Tensor | None], plans: Plans | None = None
+) -> dict[str, Tensor]:
     """Gradients by the names of `Arguments` (initial_state: of given_state), from those of what was answered."""
-    from mamba_probe.kernels.scan import backward as by_token
-    from mamba_probe.kernels.scan import chunked_backward
-
     check_arguments(a)
+    given = by_token.Upstream(**upstream)
     with torch.cuda.device_of(a.x):
-        return (chunked_backward if a.scalar_A else by_token).backward(a, states, by_token.Upstream(**upstream))
+        return (chunked_backward if a.scalar_A else by_token).backward(a, states, given, plans=plans)
 
 
 def check_device(device: torch.device) -> None:

@@ -17,9 +17,9 @@ Nothing is computed after the last token asked for, nor of a block of heads of w
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,7 +28,7 @@ from mamba_probe.kernels.scan.arguments import Arguments
 from mamba_probe.kernels.scan.discretization import Given
 from mamba_probe.kernels.scan.elementwise import LOG2E, decay, phi1, step_size
 from mamba_probe.kernels.scan.fused import REGISTERS, SHORTEST, WARPS, multiprocessors
-from mamba_probe.kernels.scan.launcher import blocks, fusible, padded, start
+from mamba_probe.kernels.scan.launcher import Plan, Plans, blocks, fusible, padded, planned, start
 from mamba_probe.kernels.scan.places import program_rows, states_at
 from mamba_probe.kernels.scan.rows import columns, from_columns, slices
 
@@ -258,31 +258,44 @@ def launch(
     token_slot: Tensor | None,
     head_slot: Tensor | None,
     tile: Tile | None = None,
+    plans: Plans | None = None,
 ) -> None:
     """Fill mass and mass_distance, whichever is in `emitted`; nothing where neither is."""
     if "mass" not in emitted and "mass_distance" not in emitted:
         return
+    plan = planned(plans, (choose_tile, tile), lambda: _plan(a, emitted, tile or choose_tile(a)))
+    given = {
+        "delta": a.delta, "A": a.A, "B": a.B, "C": a.C, "bias": a.delta_bias,
+        "starts": None if a.starts is None else a.starts.contiguous(), "log": a.log_decay,
+        "token_slot": token_slot, "head_slot": head_slot,
+    }  # fmt: skip
+    start(plan, given | {f"e_{name}": value for name, value in emitted.items()})
+
+
+def _plan(a: Arguments, emitted: Iterable[str], tile: Tile) -> Plan:
+    """The launches."""
+    asked = [f"e_{name}" if name in emitted else None for name in ("mass", "mass_distance")]
     n_batch, n_token, n_head, _ = a.x.shape
     n_group, n_state = a.B.shape[2:]
-    tile = tile or choose_tile(a)
     n_seen = a.emit.tokens[-1] + 1 if a.emit.tokens else n_token
     chunk = blocks(blocks(n_token, tile.chunks), tile.tokens) * tile.tokens
     n_chunk = blocks(n_seen, chunk)
     kept_token, kept_head = a.kept
     n_block, state = blocks(n_head // n_group, tile.heads), padded(n_state)
+    plan = Plan(a.x.device)
     decay = m = d = None
     if n_chunk > 1:
-        m, d = torch.empty((2, n_batch, n_chunk - 1, n_head, n_state), dtype=a.dtype, device=a.x.device)
-        decay = m.new_empty((n_batch, n_chunk - 1, *a.A.shape))
-    starts = None if a.starts is None else a.starts.contiguous()
+        m, d = (plan.empty(name, (n_batch, n_chunk - 1, n_head, n_state), a.dtype) for name in "md")
+        decay = plan.empty("decay", (n_batch, n_chunk - 1, *a.A.shape), a.dtype)
     for is_local in (True, False) if n_chunk > 1 else (False,):
-        start(
+        plan.add(
             mass_kernel, (n_block, n_chunk - is_local, n_batch * n_group),
-            a.delta, a.A, a.B, None if is_local else a.C, a.delta_bias, starts, a.log_decay, decay, m, d,
-            token_slot, head_slot, *(None if is_local else emitted.get(name) for name in ("mass", "mass_distance")),
+            "delta", "A", "B", None if is_local else "C", "bias", "starts", "log", decay, m, d,
+            "token_slot", "head_slot", *((None, None) if is_local else asked),
             a.delta.stride(), a.B.stride(), a.C.stride(), (a.B if a.log_decay is None else a.log_decay).stride(),
             n_token, n_seen, n_chunk, chunk, kept_token, n_head, n_group, n_state, a.A.shape[1], kept_head,
-            tile.heads, tile.tokens, state // min(4, state), min(4, state), "mass_distance" in emitted,
+            tile.heads, tile.tokens, state // min(4, state), min(4, state), asked[1] is not None,
             a.delta_softplus, *a.delta_limits, a.discretization == "zoh",
             num_warps=1, num_stages=1, maxnreg=REGISTERS, enable_fp_fusion=fusible(n_state),
         )  # fmt: skip
+    return plan

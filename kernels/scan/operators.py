@@ -9,7 +9,7 @@ input is answered while a model is traced, and no length is compiled in. The bac
 kernels, from saved states; the gradient of the others is autograd's, of a scan that runs again. There is no second one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -18,12 +18,9 @@ import torch
 from torch import Tensor
 
 from mamba_probe.kernels.emission import EMITTABLE, Emission, Emit
-from mamba_probe.kernels.scan.arguments import Arguments, as_emit, as_limits, buffers, check
+from mamba_probe.kernels.scan.arguments import TENSORS, Arguments, as_emit, as_limits, buffers, formed
 
-__all__ = ["needs_grad", "scan"]
-
-TENSORS = ("x", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state", "seq_idx", "log_decay")
-"""Arguments that are tensors, in the operators' order; the options follow."""
+__all__ = ["direct", "needs_grad", "scan"]
 
 ARGUMENTS = (
     "Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias,"
@@ -50,24 +47,26 @@ def scan(
     discretization: str,
     emit: Emit | None,
     backend: str,
-    checked: Arguments | None = None,
 ) -> tuple[Tensor, Tensor, Emission]:
-    """A scan by its operator; `tensors` as in `TENSORS`, `backend` by its name, never "auto".
-
-    Arguments that are `checked` are for a call outside of any compiler: the same, in a third of the operator's time.
-    """
+    """A scan by its operator; `tensors` as in `TENSORS`, `backend` by its name, never "auto"."""
     emit = as_emit(emit)
     options = (
         delta_softplus, *as_limits(delta_limits), discretization,
         ",".join(emit.variables), emit.tokens, emit.channels, emit.dtype,
         backend, backend == "triton" and needs_grad(tensors),
     )  # fmt: skip
-    if checked is None:
-        out, last, *rest = torch.ops.mamba_probe.scan.default(*tensors, *options)
-    else:
-        out, last, *rest = _Direct.apply(checked, *tensors, *options)
+    out, last, *rest = torch.ops.mamba_probe.scan.default(*tensors, *options)
     found = dict(zip(_emitted(emit), rest, strict=False))
     return out, last, Emission(**found, **_inputs(tensors, emit))
+
+
+def direct(
+    gpu: Any, tensors: Sequence[Tensor | None], options: tuple[Any, ...], a: Arguments, plans: dict[Hashable, Any]
+) -> tuple[Tensor, Tensor, Emission]:
+    """The same on triton, for a call outside of any compiler; `options`, a and plans are `formed`'s."""
+    names = _emitted(a.emit)
+    out, last, *rest = _Direct.apply((a, plans, gpu, options, names), *tensors)
+    return out, last, Emission(**dict(zip(names, rest, strict=True)), **_inputs(tensors, a.emit))
 
 
 def _inputs(tensors: Sequence[Tensor | None], emit: Emit) -> dict[str, Tensor]:
@@ -84,17 +83,15 @@ def _inputs(tensors: Sequence[Tensor | None], emit: Emit) -> dict[str, Tensor]:
 
 def _emitted(emit: Emit) -> list[str]:
     """Names of what the operator emits, in order."""
+    if not emit.variables:
+        return []
     return [name for name in EMITTABLE if name in emit.variables and name not in ("B", "C")]
 
 
-def _checked(tensors: Sequence[Any], options: Sequence[Any]) -> Arguments:
-    """The arguments of the operators as the backends take them."""
+def _checked(tensors: Sequence[Any], options: Sequence[Any]) -> tuple[Arguments, dict[Hashable, Any]]:
+    """The arguments of the operators as the backends take them, and what these keep (`formed`)."""
     softplus, low, high, discretization, variables, tokens, channels, dtype, _, _ = options
-    emit = _emit(variables, tokens, channels, dtype)
-    return check(
-        **dict(zip(TENSORS, tensors, strict=True)), delta_softplus=softplus, delta_limits=(low, high),
-        discretization=discretization, emit=emit,
-    )  # fmt: skip
+    return formed(tensors, softplus, (low, high), discretization, _emit(variables, tokens, channels, dtype))
 
 
 def _emit(variables: str, tokens: Sequence[int] | None, channels: Sequence[int] | None, dtype: Any) -> Emit:
@@ -130,19 +127,16 @@ def _whole_torch() -> ExitStack:
 
 def _forward(*arguments: Any) -> list[Tensor]:
     """mamba_probe::scan."""
-    return _answer(_checked(arguments[:-N_OPTION], arguments[-N_OPTION:]), *arguments[-2:])
-
-
-def _answer(a: Arguments, backend: str, train: bool) -> list[Tensor]:
+    (a, plans), (backend, train) = _checked(arguments[:-N_OPTION], arguments[-N_OPTION:]), arguments[-2:]
     with _uncast(a.x), torch.no_grad(), _whole_torch() if a.A.is_complex() else nullcontext():
         module = _module(backend)
         states = module.empty_states(a) if train else []
-        out, last, emission = module.scan(a, *states)
+        out, last, emission = module.scan(a, *states, plans=plans) if backend == "triton" else module.scan(a)
     return [out, *(each.contiguous() for each in (last, *(vars(emission)[name] for name in _emitted(a.emit)))), *states]
 
 
 def _fake_forward(*arguments: Any) -> list[Tensor]:
-    a, (*_, backend, train) = _checked(arguments[:-N_OPTION], arguments[-N_OPTION:]), arguments
+    (a, _), (*_, backend, train) = _checked(arguments[:-N_OPTION], arguments[-N_OPTION:]), arguments
     module = _module(backend)
     if backend == "triton":
         module.check_arguments(a)
@@ -159,9 +153,9 @@ def _backward(grads: list[Tensor | None], states: Tensor | None, *arguments: Any
     names = wanted.split(",")
     with _uncast(tensors[0]):
         if options[-2] == "triton":
-            a = _checked(tensors, options)
+            a, plans = _checked(tensors, options)
             upstream = dict(zip(("out", "last_state", *_emitted(a.emit)), grads, strict=False))
-            found = _module("triton").backward(a, states, upstream)
+            found = _module("triton").backward(a, states, upstream, plans)
             return [_as(given[name], found[name]) for name in names]
         return _autograd(grads, given, names, options)
 
@@ -181,7 +175,7 @@ def _autograd(
     with _whole_torch():
         with torch.enable_grad():
             given = given | {name: given[name].detach().requires_grad_() for name in names}
-            a = _checked(tuple(given.values()), options)
+            a, _ = _checked(tuple(given.values()), options)
             out, last, emission = _module(options[-2]).scan(a)
             answers = (out, last, *(vars(emission)[name] for name in _emitted(a.emit)))
         pairs = [pair for pair in zip(answers, grads, strict=True) if pair[1] is not None and pair[0].requires_grad]
@@ -206,30 +200,47 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, grads: Sequence[Tensor | None], direct: bool = False) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise ValueError(
-            'this scan has no second derivative (`create_graph=True`): use backend="cpu", outside of torch.compile'
-        )
+def _gradients(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    _refuse_second()
     *tensors, states = ctx.saved_tensors
-    wanted = [name for name, needed in zip(TENSORS, ctx.needs_input_grad[direct:], strict=False) if needed]
-    operator = _backward if direct else torch.ops.mamba_probe.scan_backward.default
+    wanted = [name for name, needed in zip(TENSORS, ctx.needs_input_grad, strict=False) if needed]
+    operator = torch.ops.mamba_probe.scan_backward.default
     found = operator(list(grads), states, *tensors, *ctx.options, ",".join(wanted))
     return (*map(dict(zip(wanted, found, strict=True)).get, TENSORS), *[None] * N_OPTION)
 
 
+def _refuse_second() -> None:
+    if torch.is_grad_enabled():
+        raise ValueError(
+            'this scan has no second derivative (`create_graph=True`): use backend="cpu", outside of torch.compile'
+        )
+
+
 class _Direct(torch.autograd.Function):
-    """Both operators without torch's dispatcher, which calls Python four times for a gradient."""
+    """Both operators for triton, without torch's dispatcher, which calls Python four times for a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, a: Arguments, *arguments: Any) -> tuple[Tensor, ...]:
-        answers = _answer(a, *arguments[-2:])
-        _save(ctx, arguments, answers)
-        return tuple(answers)
+    def forward(ctx: Any, call: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        a, plans, *ctx.call = call
+        gpu, _, names = ctx.call
+        with _uncast(a.x):
+            states = next(iter(gpu.empty_states(a)), None)
+            out, last, emitted = gpu.fill(a, states, plans)
+        ctx.save_for_backward(*tensors, states)
+        ctx.set_materialize_grads(False)
+        return out, last, *map(emitted.get, names)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None, *_gradients(ctx, grads, direct=True))
+        _refuse_second()
+        *tensors, states = ctx.saved_tensors
+        gpu, options, names = ctx.call
+        with _uncast(tensors[0]):
+            a, plans = formed(tensors, *options)
+            upstream = dict(zip(("out", "last_state", *names), grads, strict=True))
+            found = gpu.backward(a, states, upstream, plans)
+            needed = zip(ctx.needs_input_grad[1:], TENSORS, tensors, strict=True)
+            return (None, *[_as(given, found[name]) if is_needed else None for is_needed, name, given in needed])
 
 
 def _register() -> None:

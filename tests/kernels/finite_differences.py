@@ -1,8 +1,9 @@
 """torch's gradcheck through the Triton scan and its backward, float64 in and out: a script, one line a case.
 
-Interpreted with TRITON_INTERPRET=1; with the argument "cuda" compiled, on a CUDA device. One random direction of all
-inputs and one of all answers stand for them, but for the smallest calls, and with "all" for any: of those every
-derivative is taken by itself.
+To be interpreted, with TRITON_INTERPRET=1. (Compiled, float64 gradients are held to those of the naive scan, 1e-12,
+which no difference shows: `test_gpu_backward`, `test_gpu_chunked_backward`.) One random direction of all inputs and one
+of all answers stand for them, but for the smallest calls, and with "all" for any: of those every derivative is taken by
+itself.
 
 Differences over 6e-6 are right to 1e-9 of a derivative, and held to 2e-9: a step that is rounded to float32, by 6e-8,
 shows in the backward, and in the forward, whose error is divided by 6e-6, far more.
@@ -59,9 +60,8 @@ def drawn(rows, group, features, missing, token):
     return given | {"delta_limits": (sum(first) / 2, sum(last) / 2)}
 
 
-def differentiated(rows, group, features, missing, emit, token=3, device="cpu", whole=False):
+def differentiated(rows, group, features, missing, emit, token=3, whole=False):
     given = drawn(rows, group, features, missing, token)
-    given = {name: value.to(device) if torch.is_tensor(value) else value for name, value in given.items()}
     tensors = {name: value for name, value in given.items() if torch.is_tensor(value) and name != "seq_idx"}
     sizes = [value.numel() for value in tensors.values()]
 
@@ -78,24 +78,23 @@ def differentiated(rows, group, features, missing, emit, token=3, device="cpu", 
     assert torch.autograd.gradcheck(call, numbers, eps=3e-6, atol=atol, rtol=2e-9, **options)
 
 
-def cut(*row, **options):
+def cut(*row, whole=False):
     """A sequence in two chunks; for `backward`, in two segments too, each of two blocks of 4 tokens."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "SEGMENT", 8)
         patch.setattr(fused, "launch", partial(fused.launch, tile=fused.Tile(4, 4, 2), segment=8))
         patch.setattr(backward, "backward", partial(backward.backward, tile=backward.Tile(4, 4, 2, 8, 1)))
-        differentiated(*row, **options)
+        differentiated(*row, whole=whole)
 
 
 def main():
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty answers NaN: what is not written shows
-    options = {"device": "cuda" if "cuda" in sys.argv else "cpu"}
     cases = [(differentiated, *row) for row in CASES] + [(cut, *row) for row in LONGER]
     for check, *given in cases:
-        check(*given, **options, whole="all" in sys.argv)
+        check(*given, whole="all" in sys.argv)
         print("held", check.__name__, *given, flush=True)
     for given in SMALLEST:
-        differentiated(*given, **options, whole=True)
+        differentiated(*given, whole=True)
         print("held", *given, flush=True)
 
 

@@ -10,8 +10,3 @@ def test_interpreted_derivatives(script):
 @pytest.mark.long
 def test_interpreted_derivatives_one_by_one(script):
     assert len(script("finite_differences.py", "all", TRITON_INTERPRET="1")) == 15
-
-
-@pytest.mark.gpu
-def test_compiled_derivatives(script):
-    assert len(script("finite_differences.py", "cuda")) == 15

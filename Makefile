@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 
 .PHONY: help demo test test-long lint bench clean
 help:
-	@echo "make demo       record, analyse and draw the checkpoint that ships with the package; see report/report.html"
+	@echo "make demo       record, analyse and draw a trained checkpoint beside its closed form; see report/report.html"
 	@echo "make test       the test suite"
 	@echo "make test-long  the full grids"
 	@echo "make lint       ruff and pyright"
@@ -17,7 +17,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(INSTALLED)
-	$(BIN)/mamba-probe report zoo:mqar-mamba1 --task mqar -o report --overwrite
+	$(BIN)/mamba-probe report zoo:trained-mqar-mamba1 --task mqar -o report --overwrite
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2

@@ -17,7 +17,7 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
     help="Look inside trained Mamba models: record delta, A_bar, B and C, and measure what input selectivity does.\n\n"
-    "Start with: [bold]mamba-probe report zoo:mqar-mamba1 --task mqar -o report[/bold]",
+    "Start with: [bold]mamba-probe report zoo:trained-mqar-mamba1 --task mqar -o report[/bold]",
 )  # fmt: skip
 out, err = Console(), Console(stderr=True)
 
@@ -38,6 +38,9 @@ class What(StrEnum):
     keep = "keep"
     mqar = "mqar"
     induction = "induction"
+    trained_keep = "trained-keep"
+    trained_recall = "trained-recall"
+    trained_analyses = "trained-analyses"
     all = "all"
 
 
@@ -61,6 +64,13 @@ ROWS = Annotated[
 LENGTH = Annotated[int | None, typer.Option(min=1, help="Tokens a row: of the task (default 64), of the text (512).")]
 PAIRS = Annotated[int, typer.Option(min=1, help="Key-value pairs in a row of mqar.")]
 SEED = Annotated[int, typer.Option(help="Seed of the task, the randomised twin and the intervals.")]
+BESIDE = Annotated[
+    str | None,
+    typer.Option(
+        help="With --task, a reference recorded and measured beside MODEL: construction:KIND (mamba1, mamba2, s4d: the"
+        " task's closed form at MODEL's vocabulary), whatever MODEL can be, or none. Default: what MODEL's card names."
+    ),
+]
 OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Replace what the directory holds of an earlier run.")]
 BACKEND = Annotated[Backend, typer.Option(help="Backend of our scan; `mamba-probe doctor` says what auto is here.")]
 
@@ -107,30 +117,34 @@ def lines() -> Iterator[Callable[[str], None]]:
 @answered
 def report(
     model: MODEL, out_dir: OUT, task: TASK = None, text: TEXT = None, tokenizer: TOKENIZER = None, rows: ROWS = None,
-    length: LENGTH = None, n_pairs: PAIRS = 8, seed: SEED = 0, overwrite: OVERWRITE = False,
+    length: LENGTH = None, n_pairs: PAIRS = 8, seed: SEED = 0, beside: BESIDE = None, overwrite: OVERWRITE = False,
     backend: BACKEND = Backend.auto,
 ) -> None:  # fmt: skip
     """The main job: record, the three analyses, pictures, one self-contained [bold]report.html[/bold].
 
     Writes DIR/trace.zarr, weights.nc, parity.nc, results/*.nc, figures/*.png and *.svg, report.html.
 
+    A checkpoint whose card names a reference, as the zoo's trained do, has it beside: in tables, figures, DIR/beside.
+
     Examples:
 
-      mamba-probe report zoo:mqar-mamba1 --task mqar -o report
+      mamba-probe report zoo:trained-mqar-mamba1 --task mqar -o report
 
       mamba-probe report state-spaces/mamba-130m --text notes.txt --tokenizer EleutherAI/gpt-neox-20b -o report
     """
-    from mamba_probe.report import analyse, finding, write_report
+    from mamba_probe.report import analyse, analyse_beside, finding, write_report
+    from mamba_probe.run import BESIDE
 
     _check_free(out_dir, overwrite)
     with progress() as say:
-        run = _record(model, task, text, tokenizer, rows, length, n_pairs, seed, backend, say)
+        run = _record(model, task, text, tokenizer, rows, length, n_pairs, seed, beside, backend, say)
         run.save(out_dir, overwrite=overwrite)
         results = analyse(run, out_dir / "results", seed=seed, say=say, overwrite=overwrite)
+        others = analyse_beside(run, out_dir / BESIDE / "results", seed=seed, say=say, overwrite=overwrite)
         say("drawing")
-        page = write_report(run, results, out_dir)
+        page = write_report(run, results, out_dir, beside=others)
     for name, result in results.items():
-        out.print(f"[bold]{name}[/bold]: {finding(name, result).sentence}", highlight=False, soft_wrap=True)
+        _print(f"[bold]{name}[/bold]: ", finding(name, result, others.get(name)), run)
     out.print(f"[bold]report[/bold]: {page}", highlight=False, soft_wrap=True)
 
 
@@ -138,7 +152,7 @@ def report(
 @answered
 def record(
     model: MODEL, out_dir: OUT, task: TASK = None, text: TEXT = None, tokenizer: TOKENIZER = None, rows: ROWS = None,
-    length: LENGTH = None, n_pairs: PAIRS = 8, seed: SEED = 0, overwrite: OVERWRITE = False,
+    length: LENGTH = None, n_pairs: PAIRS = 8, seed: SEED = 0, beside: BESIDE = None, overwrite: OVERWRITE = False,
     backend: BACKEND = Backend.auto,
 ) -> None:  # fmt: skip
     """Record only: DIR/trace.zarr with the weights, the parity and, for a task, answers under edits and a twin.
@@ -149,7 +163,7 @@ def record(
     """
     _check_free(out_dir, overwrite)
     with progress() as say:
-        run = _record(model, task, text, tokenizer, rows, length, n_pairs, seed, backend, say)
+        run = _record(model, task, text, tokenizer, rows, length, n_pairs, seed, beside, backend, say)
         run.save(out_dir, overwrite=overwrite)
     out.print(run.trace.probe, highlight=False)
     out.print(f"[bold]run[/bold]: {out_dir}", highlight=False, soft_wrap=True)
@@ -168,35 +182,40 @@ def analyze(
 
       mamba-probe analyze memory_horizon run -o results
     """
-    from mamba_probe.report import analyse, draw, finding
-    from mamba_probe.run import Run
+    from mamba_probe.report import analyse, analyse_beside, draw, finding
+    from mamba_probe.run import BESIDE, Run
 
     with progress() as say:
-        results = analyse(Run.open(run_dir), out_dir, names=(name,), seed=seed, say=say, overwrite=overwrite)
+        run, options = Run.open(run_dir), {"names": (name,), "seed": seed, "say": say, "overwrite": overwrite}
+        result = analyse(run, out_dir, **options)[name]
+        other = analyse_beside(run, out_dir / BESIDE, **options).get(name)
         say("drawing")
-        paths = draw(name, results[name], out_dir)
-    out.print(finding(name, results[name]).sentence, highlight=False, soft_wrap=True)
+        paths = draw(name, result, out_dir, beside=other)
+    _print("", finding(name, result, other), run)
     out.print(*(str(path) for path in paths), sep="\n", highlight=False, soft_wrap=True)
 
 
 @app.command("reproduce")
 @answered
 def reproduce_command(
-    what: Annotated[What, typer.Argument(help="The claim: haar, keep, mqar, induction, or all of them.")],
+    what: Annotated[What, typer.Argument(help="The claim, or all of them.")],
     out_dir: OUT,
     seed: Annotated[int, typer.Option(min=0, help="Seed of every draw and of the randomised twins.")] = 0,
     overwrite: OVERWRITE = False,
 ) -> None:
-    """The paper's claims in numbers, on a CPU: models with planted weights, beside what the abstract says.
+    """The paper's claims in numbers, on a CPU: planted weights and the zoo's trained, beside what the abstract says.
 
     Writes, for each claim NAME, DIR/NAME.csv (a row a measurement), NAME.md, NAME.png and NAME.svg, and one
     self-contained [bold]index.html[/bold]. Each row has its null, its interval, its bound and a verdict: "holds",
-    "fails as it must" (a failure that theory demands), or "FAILS"; then the exit code is 1, after all is written.
+    "fails as it must" (a failure that theory demands), "reported" (a finding, which nothing demands), or "FAILS"; then
+    the exit code is 1, after all is written.
 
     --overwrite removes the files of all claims that an earlier run left in DIR, and index.html.
 
     haar: wavelet coefficients by one S6 layer. keep: one token, however long ago. mqar: associative recall in each
-    mixer. induction: what followed the token before. all: a few minutes on 2 cores.
+    mixer. induction: what followed the token before. Of trained models: trained-keep, what a layer forgets before, at
+    and after its token; trained-recall, cards counted again, recall without its convolution; trained-analyses, every
+    analysis beside the construction. all: some minutes on 2 cores.
 
     Examples:
 
@@ -264,6 +283,13 @@ def doctor() -> None:
     out.print(table)
 
 
+def _print(head: str, found: Any, run: Any) -> None:
+    """What was found, and below it what was found in the reference."""
+    out.print(f"{head}{found.sentence}", highlight=False, soft_wrap=True)
+    if run.beside is not None:
+        out.print(f"  beside it, {run.beside.trace.attrs['model']}: {found.beside}", highlight=False, soft_wrap=True)
+
+
 def _check_free(directory: Path, overwrite: bool) -> None:
     if directory.is_file():
         raise ValueError(f"{directory} is a file: -o names a directory")
@@ -274,7 +300,7 @@ def _check_free(directory: Path, overwrite: bool) -> None:
 
 def _record(
     source: str, task: Task | None, text: Path | None, tokenizer: str | None, rows: int | None, length: int | None,
-    n_pairs: int, seed: int, backend: Backend, say: Callable[[str], None],
+    n_pairs: int, seed: int, beside: str | None, backend: Backend, say: Callable[[str], None],
 ) -> Any:  # fmt: skip
     from mamba_probe import run
     from mamba_probe.load import load, load_tokenizer
@@ -284,17 +310,29 @@ def _record(
         raise ValueError(f"say what to record on, either --task mqar or --text FILE; got {got}")
     if text is not None and not text.is_file():
         raise FileNotFoundError(f"no text file at {text}")
+    if text is not None and beside is not None:
+        raise ValueError(f"--beside {beside} goes with --task: a reference is of the task's closed form, not of a text")
     say(f"loading {source}")
     _quiet_transformers()
     model = load(source)
     if task is not None:
         return run.record_task(
             model, task.value, rows=rows or 64, length=length or 64, n_pairs=n_pairs, seed=seed,
-            backend=backend.value, say=say,
+            beside=_reference(source, beside, model), backend=backend.value, say=say,
         )  # fmt: skip
     assert text is not None
     given = run.Text(text, load_tokenizer(tokenizer or source), length or 512, rows or 4)
     return run.record_text(model, given, backend=backend.value, say=say)
+
+
+def _reference(source: str, beside: str | None, model: Any) -> Any:
+    """The model to put beside that of `source`, if any: what was asked for, or what the card names."""
+    from mamba_probe.report import load_beside, named
+    from mamba_probe.report.beside import NONE
+    from mamba_probe.run import vocabulary
+
+    name = named(source) if beside is None else beside
+    return None if name in (None, NONE) else load_beside(name, vocabulary(model))
 
 
 def _quiet_transformers() -> None:

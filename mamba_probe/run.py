@@ -2,11 +2,12 @@
 
 DIR/trace.zarr  weights.nc  parity.nc            always
 DIR/interventions.nc  twin.zarr  twin_weights.nc  for a task: answers under edits, and the randomised twin
+DIR/beside/...                                    where another model was recorded beside it: its run
 """
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from os import PathLike
 from pathlib import Path
@@ -25,7 +26,7 @@ from mamba_probe.trace.contract import unknown_name
 from mamba_probe.trace.schema import DEFAULT_VARIABLES
 from mamba_probe.trace.store import open_dataset, open_trace, remove, save
 
-__all__ = ["TASKS", "Run", "Text", "randomised_twin", "record_task", "record_text"]
+__all__ = ["BESIDE", "TASKS", "Run", "Text", "randomised_twin", "record_task", "record_text", "vocabulary"]
 
 TASKS = {"mqar": tasks.mqar}
 EDITS = (ablate("conv"), ablate("gate"), ablate("decay"), freeze("delta"), freeze("B"), freeze("C"))
@@ -33,19 +34,22 @@ SHORTEST_ROW = 16
 """Tokens of the last row of a text, below which it is left out: too short for a horizon or a wavelet."""
 PARITY_ROWS = 2
 """Rows that the float64 oracle, a sequential loop, is run on."""
+BESIDE = "beside"
+"""Folder of the run of a reference, in that of the model's own."""
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What was recorded of one model."""
+    """What was recorded of one model, and of a reference beside it."""
 
     trace: xr.Dataset
     weights: xr.Dataset
     parity: xr.Dataset
     interventions: xr.Dataset | None = None
     twin: tuple[xr.Dataset, xr.Dataset] | None = None
+    beside: "Run | None" = None
 
     def save(self, directory: str | PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the stores.
@@ -59,6 +63,10 @@ class Run:
                 save(dataset, directory / name, overwrite=overwrite)
             elif overwrite:
                 remove(directory / name)  # of an earlier run
+        if overwrite:
+            remove(directory / BESIDE)
+        if self.beside is not None:
+            self.beside.save(directory / BESIDE)
         return directory
 
     def _stores(self) -> dict[str, xr.Dataset | None]:
@@ -80,9 +88,10 @@ class Run:
             raise FileNotFoundError(f"{directory} holds no run (no trace.zarr): make one with `mamba-probe record`")
         twin_weights = _optional(directory / "twin_weights.nc")
         twin = None if twin_weights is None else (open_trace(directory / "twin.zarr"), twin_weights)
+        beside = cls.open(directory / BESIDE) if (directory / BESIDE).exists() else None
         return cls(
             open_trace(directory / "trace.zarr"), open_dataset(directory / "weights.nc"),
-            open_dataset(directory / "parity.nc").load(), _optional(directory / "interventions.nc"), twin,
+            open_dataset(directory / "parity.nc").load(), _optional(directory / "interventions.nc"), twin, beside,
         )  # fmt: skip
 
 
@@ -125,7 +134,8 @@ class Text:
 
 def record_task(
     model: nn.Module, name: str, *, rows: int = 64, length: int = 64, n_pairs: int = 8, vocab: int | None = None,
-    seed: int = 0, backend: str = "auto", batch_size: int | None = 16, say: Say = lambda _: None,
+    seed: int = 0, beside: nn.Module | None = None, backend: str = "auto", batch_size: int | None = 16,
+    say: Say = lambda _: None,
 ) -> Run:  # fmt: skip
     """Record a language model on a generated task: trace, weights, parity, answers under edits, randomised twin.
 
@@ -133,6 +143,8 @@ def record_task(
         model: with an embedding; `vocab` defaults to its number of ids (one fewer if odd).
         name: of the task; see `TASKS`.
         rows, length, n_pairs, vocab, seed: of the task.
+        beside: a reference to record likewise: on the same rows where it has as many ids, else on rows drawn alike
+            from its own.
         batch_size: rows a forward call.
         say: told each step before it starts.
 
@@ -143,7 +155,17 @@ def record_task(
         raise unknown_name("task", name, tuple(TASKS))
     if n_pairs < 2:
         raise ValueError(f"n_pairs is at least 2, so that a query has a pair to confuse with its own; got {n_pairs}")
-    task = TASKS[name](batch=rows, length=length, n_pairs=n_pairs, vocab=vocab or _even(_vocab(model)), seed=seed)
+    vocab = vocab or vocabulary(model)
+    task = TASKS[name](batch=rows, length=length, n_pairs=n_pairs, vocab=vocab, seed=seed)
+    run = _recorded(model, task, seed, backend, batch_size, say)
+    if beside is None:
+        return run
+    if vocabulary(beside) != vocab:
+        task = TASKS[name](batch=rows, length=length, n_pairs=n_pairs, vocab=vocabulary(beside), seed=seed)
+    return replace(run, beside=_recorded(beside, task, seed, backend, batch_size, lambda step: say(f"beside: {step}")))
+
+
+def _recorded(model: nn.Module, task: Task, seed: int, backend: str, batch_size: int | None, say: Say) -> Run:
     with attach(model, backend=backend) as probe:
         trace, weights = _record_task(probe, task, batch_size, say)
         say("parity with the untouched model and the float64 oracle")
@@ -169,7 +191,7 @@ def record_text(model: nn.Module, text: Text, *, backend: str = "auto", say: Say
     Raises:
         ValueError: an empty file, a tokenizer of another model, a model without token ids.
     """
-    _vocab(model)
+    vocabulary(model)
     ids, mask, pieces, left = text.read()
     say(f"recording {mask.sum()} tokens of {text.path} in {len(ids)} row(s); {left} tokens left out")
     with attach(model, backend=backend) as probe:
@@ -198,15 +220,16 @@ def _optional(path: Path) -> xr.Dataset | None:
     return open_dataset(path).load() if path.exists() else None
 
 
-def _vocab(model: nn.Module) -> int:
+def vocabulary(model: nn.Module) -> int:
+    """Token ids that a task may use: as many as the model has, one fewer if odd.
+
+    Raises:
+        ValueError: a model without token ids.
+    """
     embed = getattr(model, "get_input_embeddings", lambda: None)()
     if embed is None:
         raise ValueError(
             f"{type(model).__name__} takes hidden states, not token ids, so no task or text can be fed to it here:"
             " record it from Python with mp.attach(model).record(hidden_states)"
         )
-    return embed.num_embeddings
-
-
-def _even(n: int) -> int:
-    return n - n % 2
+    return embed.num_embeddings - embed.num_embeddings % 2

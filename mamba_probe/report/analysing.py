@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -12,7 +13,7 @@ from mamba_probe.run import Run
 from mamba_probe.trace.contract import unknown_name
 from mamba_probe.trace.store import check_free, save
 
-__all__ = ["ANALYSES", "MAIN", "analyse", "answerable_queries"]
+__all__ = ["ANALYSES", "MAIN", "analyse", "analyse_beside", "answerable_queries"]
 
 SPREAD = 8
 """Queries a row of a text, evenly spread over it."""
@@ -78,6 +79,13 @@ def analyse(
         results[name] = result.assign_attrs({f"trace_{key}": value for key, value in origin.items()})
         save(results[name], Path(directory) / f"{name}.nc", overwrite=overwrite)
     return results
+
+
+def analyse_beside(
+    run: Run, directory: str | PathLike[str], *, say: Callable[[str], None] = lambda _: None, **options: Any
+) -> dict[str, xr.Dataset]:
+    """As `analyse`, of the reference that was recorded beside the model; nothing where none was."""
+    return {} if run.beside is None else analyse(run.beside, directory, say=lambda it: say(f"beside: {it}"), **options)
 
 
 def answerable_queries(trace: xr.Dataset) -> np.ndarray | None:

@@ -1,7 +1,7 @@
 """What a result says: one sentence and a short table, each number with its null and its interval."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import xarray as xr
@@ -13,12 +13,20 @@ __all__ = ["Finding", "Row", "finding"]
 
 @dataclass(frozen=True)
 class Row:
-    """One number: what it is, its value, its null and its 95 % interval, as text."""
+    """One number: what it is, its value, its null and its 95 % interval, and the reference's value, as text."""
 
-    what: str
+    quantity: str
     value: str
     null: str = ""
     interval: str = ""
+    layer: int | None = None
+    detail: str = ""
+    beside: str = ""
+
+    @property
+    def what(self) -> str:
+        """The quantity, of which layer, and what belongs to it."""
+        return f"{'' if self.layer is None else f'layer {self.layer}: '}{self.quantity}{self.detail}"
 
 
 @dataclass(frozen=True)
@@ -35,12 +43,17 @@ class Finding:
     """Estimator, null, interval and what is reduced over, as the result states them."""
     drawn: bool = True
     """Whether its picture shows numbers, and not only that there are none."""
+    beside: str = ""
+    """What the same analysis says of the reference."""
 
 
-def finding(name: str, result: xr.Dataset) -> Finding:
-    """The finding of a result of the analysis `name`."""
+def finding(name: str, result: xr.Dataset, beside: xr.Dataset | None = None) -> Finding:
+    """The finding of a result of the analysis `name`, with the reference's numbers where its result is given."""
     title, question, reading, say = _ANALYSES[name]
     sentence, rows = say(result)
+    other, others = say(beside) if beside is not None else ("", [])
+    if beside is not None:
+        rows = _paired(rows, others)
     stated = (
         "estimator", "null", "baseline_estimator", "interval", "reduces_over", "queries", "window_rule", "censoring",
         "verdict_rule", "offset_choice", "path", "causal_estimator",
@@ -48,7 +61,21 @@ def finding(name: str, result: xr.Dataset) -> Finding:
     )  # fmt: skip
     notes = tuple((key.replace("_", " "), str(result.attrs[key])) for key in stated if result.attrs.get(key))
     drawn = name != "recall_circuit" or bool(result["solved"])
-    return Finding(title, question, reading, sentence[0].upper() + sentence[1:], tuple(rows), notes, drawn)
+    return Finding(title, question, reading, _capital(sentence), tuple(rows), notes, drawn, _capital(other))
+
+
+def _capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
+
+
+def _paired(rows: list[Row], others: list[Row]) -> list[Row]:
+    """Each row with the reference's value: of its only layer, or of the layer of the same number."""
+    values, layers = {(row.quantity, row.layer): row.value for row in others}, {row.layer for row in others}
+    only = next(iter(layers)) if len(layers) == 1 else None
+    return [
+        replace(row, beside=values.get((row.quantity, row.layer if only is None else only), "not measured"))
+        for row in rows
+    ]
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -88,9 +115,9 @@ def _recall(result: xr.Dataset) -> tuple[str, list[Row]]:
         away = table["distance"].sel(signature=signature).item()
         ideal = f"; ideal {number(one['ideal'].item())}, distance {number(away)}" if np.isfinite(away) else ""
         twin = f" (twin {number(one['baseline'].item())})" if "baseline" in one else ""
-        label = f"{signature}: {one['label'].item()}{ideal}"
+        label, value = f"{signature}: {one['label'].item()}", number(one["value"].item())
         null = number(one["null"].item()) + twin
-        rows.append(Row(label, number(one["value"].item()), null, span(one["low"].item(), one["high"].item())))
+        rows.append(Row(label, value, null, span(one["low"].item(), one["high"].item()), detail=ideal))
     for name in result["intervention"].values if "causal_share" in result else ():
         one = result.sel(intervention=name)
         interval = span(one["causal_low"].item(), one["causal_high"].item())
@@ -106,15 +133,17 @@ def _horizon(result: xr.Dataset) -> tuple[str, list[Row]]:
         ends = (one[f"layer_forward_horizon_{end}"].sel(quantile=0.5).item() for end in ("low", "high"))
         rows += [
             Row(
-                f"layer {layer}: median horizon, tokens",
+                "median horizon, tokens",
                 _median(result, layer),
                 f"time-invariant {lti}; shuffled {shuffled}",
                 span(*ends),
+                layer,
             ),
             Row(
-                f"layer {layer}: horizons beyond the recording",
+                "horizons beyond the recording",
                 f"{one['layer_forward_censored_share'].item():.0%}",
                 f"time-invariant {one['layer_null_lti_censored_share'].item():.0%}",
+                layer=layer,
             ),
             _gain(layer, one),
         ]
@@ -145,14 +174,14 @@ def _median(result: xr.Dataset, layer: int, which: str = "forward") -> str:
 def _gain(layer: int, one: xr.Dataset) -> Row:
     gain, shuffled = one["layer_selectivity_gain"].item(), one["layer_null_shuffle_gain"].item()
     interval = span(one["layer_selectivity_gain_low"].item(), one["layer_selectivity_gain_high"].item())
-    what = f"layer {layer}: selectivity gain"
+    what = "selectivity gain"
     if np.isnan(gain):
-        return Row(what, "not measurable: the time-invariant median is censored")
+        return Row(what, "not measurable: the time-invariant median is censored", layer=layer)
     said = f"at least {number(one['layer_selectivity_gain_at_least'].item())}" if np.isinf(gain) else number(gain)
     beside = (
         f"at least {number(one['layer_null_shuffle_gain_at_least'].item())}" if np.isinf(shuffled) else number(shuffled)
     )
-    return Row(what, said, f"time-invariant 1; shuffled {beside}", interval)
+    return Row(what, said, f"time-invariant 1; shuffled {beside}", interval, layer)
 
 
 _ALIGNMENT = (
@@ -169,9 +198,9 @@ def _wavelet(result: xr.Dataset) -> tuple[str, list[Row]]:
         for name, what in _ALIGNMENT:
             value, null = one[f"layer_{name}"].item(), one[f"layer_null_{name}"].item()
             interval = span(one[f"layer_{name}_low"].item(), one[f"layer_{name}_high"].item())
-            rows.append(Row(f"layer {layer}: {what}", number(value), number(null), interval))
-        dead = int(one["n_dead"].sum())
-        rows.append(Row(f"layer {layer}: kernels without energy, left out", f"{dead} of {one['best_cosine'].size}"))
+            rows.append(Row(what, number(value), number(null), interval, layer))
+        dead = f"{int(one['n_dead'].sum())} of {one['best_cosine'].size}"
+        rows.append(Row("kernels without energy, left out", dead, layer=layer))
     cosine, null = (result[f"layer_{which}best_cosine"].values for which in ("", "null_"))
     live = np.flatnonzero(~np.isnan(cosine))
     if not live.size:
@@ -204,8 +233,8 @@ def _attention(result: xr.Dataset) -> tuple[str, list[Row]]:
         for name, what in _ATTENTION:
             lti, shuffled = (number(one[f"layer_null_{which}_{name}"].item()) for which in ("lti", "shuffle"))
             ends = (one[f"layer_{name}_{end}"].item() for end in ("low", "high"))
-            value = number(one[f"layer_{name}"].item())
-            rows.append(Row(f"layer {layer}: {what}", value, f"time-invariant {lti}; shuffled {shuffled}", span(*ends)))
+            value, nulls = number(one[f"layer_{name}"].item()), f"time-invariant {lti}; shuffled {shuffled}"
+            rows.append(Row(what, value, nulls, span(*ends), layer))
     distance = result["layer_mean_distance"].values
     live = np.flatnonzero(~np.isnan(distance))
     if not live.size:

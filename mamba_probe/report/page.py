@@ -3,13 +3,14 @@
 import base64
 import json
 import os
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from mamba_probe.report.beside import describe, is_closed_form
 from mamba_probe.report.figures import draw
 from mamba_probe.report.findings import finding, number
 from mamba_probe.run import Run
@@ -19,25 +20,49 @@ __all__ = ["write_report"]
 TEMPLATE = Path(__file__).parent / "page.html"
 
 
-def write_report(run: Run, results: dict[str, xr.Dataset], directory: str | PathLike[str]) -> Path:
-    """Draw every result to DIRECTORY/figures and write DIRECTORY/report.html, which needs no other file."""
+def write_report(
+    run: Run, results: dict[str, xr.Dataset], directory: str | PathLike[str], *,
+    beside: Mapping[str, xr.Dataset] | None = None,
+) -> Path:  # fmt: skip
+    """Draw every result to DIRECTORY/figures and write DIRECTORY/report.html, which needs no other file.
+
+    `beside` has the results of the reference `run.beside`, by analysis: a column of the tables, a half of the pictures.
+    """
     from jinja2 import Environment, StrictUndefined
 
-    directory = Path(directory)
+    directory, others = Path(directory), beside or {}
     sections = []
     for name, result in results.items():
-        png, svg = draw(name, result, directory / "figures")
-        sections.append({"name": name, "finding": finding(name, result), "png": _embedded(png), "svg": svg.name})
+        png, svg = draw(name, result, directory / "figures", beside=others.get(name))[:2]
+        found = finding(name, result, others.get(name))
+        sections.append({"name": name, "finding": found, "png": _embedded(png), "svg": svg.name})
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(TEMPLATE.read_text()).render(
-        model=run.trace.attrs["model"], subject=_subject(run.trace), sections=sections,
-        provenance=_provenance(run), parity=_parity(run.parity), parity_error=run.parity.attrs["error"],
+        model=run.trace.attrs["model"], subject=_subject(run.trace), sections=sections, beside=_beside(run),
+        provenance=_provenance(run), parity=_parity(run), parity_error=run.parity.attrs["error"],
     )  # fmt: skip
     path = directory / "report.html"
     partial = path.with_suffix(".partial")
     partial.write_text(page)
     os.replace(partial, path)
     return path
+
+
+def _beside(run: Run) -> dict[str, str] | None:
+    """What the reference is, on which rows it ran, and what its column is called."""
+    if run.beside is None:
+        return None
+    own, trace = run.trace, run.beside.trace
+    name = trace.attrs["model"]
+    same = np.array_equal(own["token_id"].values, trace["token_id"].values)
+    alike = "other rows, drawn alike from its own vocabulary"
+    return {
+        "name": name,
+        "what": describe(name),
+        "rows": "the same rows" if same else f"{alike}: {_subject(trace)}",
+        "column": "construction" if is_closed_form(name) else "beside it",
+        "layer": "the only layer" if trace.sizes["layer"] == 1 else "the layer of the same number",
+    }
 
 
 def _embedded(png: Path) -> str:
@@ -57,8 +82,7 @@ def _subject(trace: xr.Dataset) -> str:
     )
 
 
-def _provenance(run: Run) -> list[tuple[str, str]]:
-    attrs: dict[str, Any] = run.trace.attrs
+def _provenance(run: Run) -> list[tuple[str, ...]]:
     shown = (
         "model",
         "model_hash",
@@ -70,11 +94,14 @@ def _provenance(run: Run) -> list[tuple[str, str]]:
         "schema_version",
         "versions",
     )
-    rows = [(key.replace("_", " "), str(attrs[key])) for key in shown]
-    return rows
+    return [(key.replace("_", " "), *(str(one.trace.attrs[key]) for one in _both(run))) for key in shown]
 
 
-def _parity(parity: xr.Dataset) -> list[tuple[str, str]]:
+def _both(run: Run) -> list[Run]:
+    return [run] if run.beside is None else [run, run.beside]
+
+
+def _parity(run: Run) -> list[tuple[str, ...]]:
     """The worst layer of each comparison."""
     text = {
         "out_vs_native": "mixer output: probe against the untouched model",
@@ -85,10 +112,14 @@ def _parity(parity: xr.Dataset) -> list[tuple[str, str]]:
         "C": "C: recorded against the float64 oracle",
         "logits_vs_native": "logits: probe against the untouched model",
     }
-    rows = []
-    for name, what in text.items():
-        if name in parity:
-            worst = np.atleast_1d(parity[name].values)
-            where = f" (layer {parity['layer'].values[worst.argmax()]})" if worst.size > 1 else ""
-            rows.append((what, f"{number(worst.max(), 2)}{where}"))
-    return rows
+    return [
+        (what, *(_worst(one.parity, name) for one in _both(run))) for name, what in text.items() if name in run.parity
+    ]
+
+
+def _worst(parity: xr.Dataset, name: str) -> str:
+    if name not in parity:
+        return "not compared"
+    worst = np.atleast_1d(parity[name].values)
+    where = f" (layer {parity['layer'].values[worst.argmax()]})" if worst.size > 1 else ""
+    return f"{number(worst.max(), 2)}{where}"

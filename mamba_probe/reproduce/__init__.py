@@ -14,12 +14,17 @@ from mamba_probe.reproduce.keep import KEEP
 from mamba_probe.reproduce.mqar import MQAR
 from mamba_probe.reproduce.page import write_page
 from mamba_probe.reproduce.table import FAILS, Cell, Criterion, Row, count
+from mamba_probe.reproduce.trained_analyses import TRAINED_ANALYSES
+from mamba_probe.reproduce.trained_keep import TRAINED_KEEP
+from mamba_probe.reproduce.trained_recall import TRAINED_RECALL
 from mamba_probe.reproduce.write import check_free, clear, write
 
 __all__ = ["CLAIMS", "Cell", "Claim", "Criterion", "Result", "Row", "failures", "reproduce"]
 
-CLAIMS: dict[str, Claim] = {claim.name: claim for claim in (HAAR, KEEP, MQAR, INDUCTION)}
-"""Every claim by its name."""
+CLAIMS: dict[str, Claim] = {
+    claim.name: claim for claim in (HAAR, KEEP, MQAR, INDUCTION, TRAINED_KEEP, TRAINED_RECALL, TRAINED_ANALYSES)
+}
+"""Every claim by its name: of planted weights, and of the zoo's trained ones."""
 
 
 def reproduce(

@@ -1,6 +1,7 @@
 """Projections onto Haar wavelets by one S6 layer, and what time-invariant kernels cannot do."""
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
 from typing import Any
@@ -272,7 +273,7 @@ def _slope_rows(cell: Cell, seed: int) -> list[Row]:
     ]  # fmt: skip
 
 
-def _curves(seed: int) -> dict[str, np.ndarray]:
+def _curves(_cells: Sequence[Cell], seed: int) -> dict[str, np.ndarray]:
     """Return the kernels of the default block through its read-out of the trace, and the Haar functions."""
     from mamba_probe.probe import attach
 
@@ -301,7 +302,7 @@ HAAR = Claim(
         " PyWavelets, the worst case with a bound, and the kernel of a step with the best that N time-invariant states"
         " reach: fits, and a lower bound that none goes below."
     ),
-    cells=cells(),
+    cells=cells,
     measures={
         "coefficients": _coefficient_rows, "windows": _window_rows, "worst case": _worst_case_rows,
         "decay": _decay_rows, "fit": _fit_rows, "step": _step_rows, "slope": _slope_rows,

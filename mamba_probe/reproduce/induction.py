@@ -77,7 +77,7 @@ INDUCTION = Claim(
         " layer for a special token; for every token one Mamba-1 layer, or two Mamba-2 layers, whose delta does not see"
         " the previous token. An S4D layer counts all that ever followed: right if the token came once, wrong if more."
     ),
-    cells=cells(),
+    cells=cells,
     measures={
         "special": partial(_measure, task_of=tasks.induction),
         "every": partial(_measure, task_of=tasks.induction_every_token),

@@ -1,5 +1,6 @@
 """One token kept for as long as the sequence lasts, and how many time-invariant states that would take."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
 from typing import Any
@@ -285,7 +286,7 @@ def _lti_accuracy_rows(cell: Cell, seed: int) -> list[Row]:
     ]  # fmt: skip
 
 
-def _curves(seed: int) -> dict[str, np.ndarray]:
+def _curves(_cells: Sequence[Cell], seed: int) -> dict[str, np.ndarray]:
     """Return exp(A delta) of both profiles and the horizon of every write of the ramp, 32 tokens around n = 32."""
     found = {}
     for profile in ("ramp", "event"):
@@ -307,7 +308,7 @@ KEEP = Claim(
         " it: the limit that keeping a write sets to the decay after it, and how many time-invariant states keep one"
         " token."
     ),
-    cells=cells(),
+    cells=cells,
     measures={
         "kept": _kept_rows, "error": _error_rows, "retention": _retention_rows, "profile": _profile_rows,
         "lti error": _lti_error_rows, "one state": _one_state_rows, "lti accuracy": _lti_accuracy_rows,

@@ -153,7 +153,7 @@ MQAR = Claim(
         " keys and with constant-weight codes, which need few states; random codes, right up to chance; writing gated"
         " by position, for random filler; and keys that come again, where adding must fail and forgetting helps."
     ),
-    cells=cells(),
+    cells=cells,
     measures={
         "recall": partial(_measure, builder=mqar), "gated": partial(_measure, builder=mqar_gated),
         "plain kernel": partial(_measure, builder=_same_sign),

@@ -26,6 +26,7 @@ def write_page(pairs: Sequence[tuple[Claim, Result]], directory: Path) -> Path:
         {
             "claim": claim, "said": sentence(result.rows), "failed": count(result.rows)[FAILS],
             "tables": readable(result.rows), "png": _embedded(directory / f"{claim.name}.png"),
+            "left_out": result.left_out, "says": result.says,
         }
         for claim, result in pairs
     ]  # fmt: skip

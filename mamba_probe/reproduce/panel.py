@@ -6,7 +6,7 @@ from typing import Any
 from mamba_probe.analyses.common import style
 from mamba_probe.reproduce.table import AS_IT_MUST, FAILS, Row
 
-__all__ = ["MIXER_LOOK", "bars", "finish", "plain_ticks"]
+__all__ = ["MIXER_LOOK", "bars", "finish", "nothing", "plain_ticks"]
 
 MIXER_LOOK = {"Mamba-1": (style.REAL, "o"), "Mamba-2": ("#009E73", "^"), "S4D": (style.LTI, "s")}
 LINE = 16  # points of a line of the legend
@@ -22,6 +22,12 @@ def finish(ax: Any, title: str, *, inside: str | None = None) -> None:
         lines = -(-len(ax.get_legend().get_texts()) // 2)
     ax.set_title(title, loc="left", pad=8 + LINE * lines, fontsize="medium", fontweight="bold")
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def nothing(figure: Any, why: str) -> None:
+    """Say why there is no picture."""
+    figure.set_size_inches(6, 1.2)
+    figure.text(0.5, 0.5, why, ha="center", va="center", color="0.35")
 
 
 def plain_ticks(axis: Any, ticks: Sequence[float]) -> None:

@@ -11,15 +11,15 @@ from typing import Any
 from mamba_probe.analyses.recall_circuit.proportion import wilson
 
 __all__ = [
-    "AS_IT_MUST", "FAILS", "HOLDS", "Cell", "Criterion", "Readable", "Row", "count", "counted", "measured", "readable",
-    "sentence", "spread", "text", "write_csv",
+    "AS_IT_MUST", "FAILS", "HOLDS", "REPORT", "REPORTED", "Cell", "Criterion", "Readable", "Row", "count", "counted",
+    "measured", "readable", "sentence", "spread", "text", "write_csv",
 ]  # fmt: skip
 
-HOLDS, AS_IT_MUST, FAILS = "holds", "fails as it must", "FAILS"
+HOLDS, AS_IT_MUST, FAILS, REPORTED = "holds", "fails as it must", "FAILS", "reported"
 KEPT = ("value", "verdict")  # columns of every readable table
 FIXED = (
-    "what", "mixer", "dtype", "quantity", "value", "interval", "null", "bound", "over", "criterion", "verdict",
-    "interval is", "null is", "estimator",
+    "what", "mixer", "dtype", "quantity", "value", "interval", "null", "ideal", "bound", "over", "criterion", "verdict",
+    "interval is", "null is", "ideal is", "estimator",
 )  # fmt: skip
 LONGEST = 44  # letters of a text within a readable table; longer ones stand below it
 RELATIONS: dict[str, Callable[[float, float], bool]] = {
@@ -28,6 +28,7 @@ RELATIONS: dict[str, Callable[[float, float], bool]] = {
     "<": lambda value, limit: value < limit,
     ">": lambda value, limit: value > limit,
     "=": lambda value, limit: value == limit,
+    "none": lambda value, limit: True,
 }
 
 
@@ -36,7 +37,7 @@ class Criterion:
     """What a measurement must meet, stated before it is made.
 
     Arguments:
-        relation: "<=", ">=", "<", ">" or "=".
+        relation: "<=", ">=", "<", ">" or "="; "none" states nothing: the value is reported.
         limit: what stands on the right of it.
         of_bound: the limit is added to the row's bound.
         must_fail: the criterion describes a failure that theory demands.
@@ -63,6 +64,8 @@ class Criterion:
 
     def verdict(self, value: float, bound: float = math.nan) -> str:
         """Judge a value; a value that is no number fails."""
+        if self.relation == "none":
+            return REPORTED
         limit = bound + self.limit if self.of_bound else self.limit
         if not RELATIONS[self.relation](value, limit):
             return FAILS
@@ -70,11 +73,17 @@ class Criterion:
 
     def text(self, what: str) -> str:
         """The criterion in words, `what` being the judged quantity."""
+        if self.relation == "none":
+            return "none: reported as it is"
         near_one = 0 < abs(1 - self.limit) < 1e-3
         limit = text(self.limit) if near_one else f"{self.limit:g}"
         if self.of_bound:
             limit = f"bound {'+' if self.limit > 0 else '-'} {abs(self.limit):g}" if self.limit else "bound"
         return f"{what} {self.relation} {limit}"
+
+
+REPORT = Criterion("none", 0.0)
+"""Of a number that nothing is demanded of."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,7 @@ class Row:
     Arguments:
         table: heading of the table.
         what: what was built or fitted.
-        mixer: "Mamba-1", "Mamba-2" or "S4D".
+        mixer: "Mamba-1", "Mamba-2", "S4D" or "time-invariant".
         dtype: precision of the weights and of the evaluation.
         sizes: sizes by name, a column each.
         quantity: what the value is.
@@ -118,7 +127,9 @@ class Row:
         bound: the theoretical bound; NaN where there is none.
         over: what the value is reduced over.
         criterion: what it must meet, in words.
-        verdict: "holds", "fails as it must" or "FAILS".
+        verdict: "holds", "fails as it must" or "FAILS"; of a number that nothing is demanded of, what is found.
+        ideal: the same quantity of the construction; NaN where there is none.
+        ideal_is: what the ideal is.
     """
 
     table: str
@@ -138,6 +149,8 @@ class Row:
     over: str
     criterion: str
     verdict: str
+    ideal: float = math.nan
+    ideal_is: str = ""
 
 
 def counted(cell: Cell, correct: tuple[int, int], **said: Any) -> Row:
@@ -175,9 +188,9 @@ def measured(cell: Cell, quantity: str, value: float, bound: float | None = None
 
 
 def count(rows: Iterable[Row]) -> dict[str, int]:
-    """Return how many rows have each verdict."""
+    """Return how many rows have each verdict: the three of a criterion, then what was found without one."""
     verdicts = [row.verdict for row in rows]
-    return {verdict: verdicts.count(verdict) for verdict in (HOLDS, AS_IT_MUST, FAILS)}
+    return {verdict: verdicts.count(verdict) for verdict in dict.fromkeys((HOLDS, AS_IT_MUST, FAILS, *verdicts))}
 
 
 def sentence(rows: Iterable[Row]) -> str:
@@ -188,9 +201,9 @@ def sentence(rows: Iterable[Row]) -> str:
     """
     counts = count(rows)
     failed = f"{counts[FAILS]} FAIL" if counts[FAILS] else "none FAILS"
-    return (
-        f"{sum(counts.values())} measurements: {counts[HOLDS]} hold, {counts[AS_IT_MUST]} fail as they must, {failed}"
-    )
+    judged = f"{counts[HOLDS]} hold, {counts[AS_IT_MUST]} fail as they must, {failed}"
+    found = [f"{n} {verdict}" for verdict, n in counts.items() if verdict not in (HOLDS, AS_IT_MUST, FAILS)]
+    return f"{sum(counts.values())} measurements: {judged}" + (f"; {', '.join(found)}" if found else "")
 
 
 def text(value: Any, *, near_one: bool = True) -> str:
@@ -268,7 +281,7 @@ def _line(row: Row) -> dict[str, str]:
     return (
         {"what": row.what, "mixer": row.mixer, "dtype": row.dtype} | sizes
         | {"quantity": row.quantity, "value": text(row.value), "interval": f"{low} .. {high}" if low else ""}
-        | {"null": text(row.null, near_one=False), "bound": text(row.bound), "over": row.over}
+        | {"null": text(row.null, near_one=False), "ideal": text(row.ideal), "bound": text(row.bound), "over": row.over}
         | {"criterion": row.criterion, "verdict": row.verdict, "interval is": row.interval}
-        | {"null is": row.null_is, "estimator": row.estimator}
+        | {"null is": row.null_is, "ideal is": row.ideal_is, "estimator": row.estimator}
     )  # fmt: skip

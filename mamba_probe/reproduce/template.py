@@ -60,6 +60,9 @@ TEMPLATE = """<!DOCTYPE html>
     <h3>What we constructed and measured (ours)</h3>
     <p>{{ section.claim.ours }}</p>
     <p><b>{{ section.said }}.</b></p>
+    {% if section.says %}
+    <ul>{% for each in section.says %}<li>{{ each }}</li>{% endfor %}</ul>
+    {% endif %}
     <figure>
       <img src="{{ section.png }}" alt="{{ section.claim.title }}: {{ section.claim.caption }}">
       <figcaption>
@@ -67,8 +70,8 @@ TEMPLATE = """<!DOCTYPE html>
         For a paper: {{ section.claim.name }}.svg. All columns: {{ section.claim.name }}.csv.
       </figcaption>
     </figure>
-    {% if section.claim.left_out %}
-    <ul class="limits">{% for each in section.claim.left_out %}<li>{{ each }}</li>{% endfor %}</ul>
+    {% if section.left_out %}
+    <ul class="limits">{% for each in section.left_out %}<li>{{ each }}</li>{% endfor %}</ul>
     {% endif %}
     {% for table in section.tables %}
     <details{{ " open" if loop.first else "" }}>

@@ -77,12 +77,13 @@ def _markdown(claim: Claim, result: Result) -> str:
         f"{PAPER}, abstract: {claim.paper}" if claim.paper else f"Nothing: {PAPER} does not claim it in its abstract."
     ]
     lines += ["", "## What we constructed and measured (ours)", "", claim.ours, "", f"{sentence(result.rows)}.", ""]
+    lines += ["Found:", "", *(f"- {each}" for each in result.says), ""] if result.says else []
     for table in readable(result.rows):
         lines += [f"### {table.heading}", "", "; ".join(f"{name}: {said}" for name, said in table.shared), ""]
         lines += [_line(table.columns), _line(["---"] * len(table.columns)), *map(_line, table.cells), ""]
         lines += [*(f"- {letter}: {said}" for letter, said in table.notes), ""] if table.notes else []
-    if claim.left_out:
-        lines += ["## Left out, and limits", "", *(f"- {each}" for each in claim.left_out), ""]
+    if result.left_out:
+        lines += ["## Left out, and limits", "", *(f"- {each}" for each in result.left_out), ""]
     return "\n".join(lines)
 
 

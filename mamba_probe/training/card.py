@@ -27,7 +27,7 @@ TOKENS = 2**27
 def describe(
     result: Result, name: str, what: str, *, regenerate: str, unseen_batches: int = UNSEEN_BATCHES,
     beyond: Sequence[Mapping[str, Any]] = (), trials: Mapping[float, Sequence[Point]] | None = None,
-    commit: str | None = None,
+    commit: str | None = None, beside: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the card of a trained model, counting its accuracy on rows that neither training nor choices have seen.
 
@@ -43,6 +43,7 @@ def describe(
         beyond: changes of the task to count the same over, such as `{"length": 512}`.
         trials: curves of the learning rates tried.
         commit: of the source, for a copy without its history; what git says if None.
+        beside: the reference that a report of this model shows, as `mamba-probe report --beside` takes it.
 
     Raises:
         ValueError: the training is not finished, or diverged.
@@ -70,6 +71,7 @@ def describe(
         "engine": sorted({_engine(layer.mixer.backend, config.device) for layer in model.backbone.layers}),  # type: ignore[union-attr]
         "commit": _commit() if commit is None else commit,
         "versions": versions(),
+        "beside": beside,
         "regenerate": regenerate,
         "license": "Apache-2.0",
     }

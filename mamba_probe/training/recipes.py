@@ -22,6 +22,7 @@ class Recipe:
         learning_rates: to try.
         trial: steps of a trial; None is a quarter of all.
         beyond: changes of the task that the card counts too.
+        beside: the closed form that a report shows beside it; None where a report does not record the task.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Recipe:
     learning_rates: tuple[float, ...]
     trial: int | None = None
     beyond: tuple[Mapping[str, Any], ...] = ()
+    beside: str | None = None
 
 
 EIGHT = tuple(round(10 ** (-3.5 + power / 4), 6) for power in range(8))
@@ -40,6 +42,7 @@ LENGTHS = (8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 MQAR = {"name": "mqar", "length": 64, "n_pairs": 8, "vocab": 256}
 MANY = {"name": "mqar", "length": 128, "n_pairs": 16, "vocab": 256}
 KINDS = {"mamba1": "Mamba-1", "mamba2": "Mamba-2", "s4d": "S4D"}
+CLOSED = {"mamba1": "zoo:mqar-mamba1", "mamba2": "construction:mamba2", "s4d": "construction:s4d"}
 SOLVES, FAILS, SOME = (0.95, 1.0), (0.0, 0.5), (0.0, 1.0)
 
 
@@ -47,13 +50,13 @@ def _recall(kind: str, sizes: Mapping[str, Any], steps: int = 4000) -> Recipe:
     config = Config(MQAR, {"kind": kind, **sizes}, layers=1, steps=steps, batch=128, every=100, stop_at=0.995)
     what = f"A 1-layer {KINDS[kind]} language model trained on multi-query associative recall: 8 pairs, 128 values."
     beyond = ({"length": 128}, {"length": 256}, {"length": 128, "n_pairs": 16})
-    return Recipe(f"trained-mqar-{kind}", what, config, SOLVES, LEARNING_RATES, beyond=beyond)
+    return Recipe(f"trained-mqar-{kind}", what, config, SOLVES, LEARNING_RATES, beyond=beyond, beside=CLOSED[kind])
 
 
 def _too_small(kind: str, sizes: Mapping[str, Any]) -> Recipe:
     config = Config(MANY, {"kind": kind, **sizes}, layers=1, steps=2000, batch=128, every=100, stop_at=0.995)
     what = f"A 1-layer {KINDS[kind]} language model too small for the recall it was trained on: 16 pairs, 128 values."
-    return Recipe(f"trained-mqar-{kind}-small", what, config, FAILS, EIGHT)
+    return Recipe(f"trained-mqar-{kind}-small", what, config, FAILS, EIGHT, beside=CLOSED[kind])
 
 
 def _no_convolution() -> Recipe:
@@ -61,10 +64,10 @@ def _no_convolution() -> Recipe:
     mixer = {"kind": "mamba1", "d_model": 64, "d_state": 16, "d_conv": 1}
     config = Config(MQAR, mixer, layers=1, steps=4000, batch=128, every=100, stop_at=0.995)
     what = "A 1-layer Mamba-1 language model without convolution (one tap), trained on recall."
-    return Recipe("trained-mqar-no-conv", what, config, (0.0, 0.2), EIGHT)
+    return Recipe("trained-mqar-no-conv", what, config, (0.0, 0.2), EIGHT, beside=CLOSED["mamba1"])
 
 
-def _keep(kind: str, length: int, sizes: Mapping[str, Any], steps: int = 3000) -> Recipe:
+def _keep(kind: str, length: int, steps: int, sizes: Mapping[str, Any]) -> Recipe:
     """S4D's kernel knows one lag, and so one length: it is trained at that alone. All train to their last step.
 
     A Mamba keeps the shorter lengths of its mixture first: a trial must last until it begins at the longest."""
@@ -94,8 +97,8 @@ def _all() -> Sequence[Recipe]:
         _recall("s4d", {"d_model": 64, "d_inner": 1536, "d_state": 2, **s4d}, steps=6000),
         _no_convolution(),
         _induction(),
-        *(_keep("mamba1", length, keep, steps) for length, steps in ((64, 3000), (256, 4000), (1024, 8000))),
-        *(_keep("s4d", length, keep | s4d) for length in (64, 256, 1024)),
+        *(_keep("mamba1", *size, keep) for size in ((64, 3000), (256, 4000), (1024, 8000))),
+        *(_keep("s4d", length, 3000, keep | s4d) for length in (64, 256, 1024)),
         _too_small("mamba1", {"d_model": 16, "d_state": 2}),
         _too_small("mamba2", {"d_model": 16, "d_state": 2, "n_heads": 4}),
         _too_small("s4d", {"d_model": 16, "d_state": 2, **s4d}),

@@ -61,7 +61,7 @@ def run(
         command = f"python -m mamba_probe.training {recipe.name} --device {device} --out DIR"
         card = describe(
             swept.result, recipe.name, recipe.what, regenerate=command, beyond=recipe.beyond, trials=swept.trials,
-            commit=commit,
+            commit=commit, beside=recipe.beside,
         )  # fmt: skip
         zoo.save(swept.result.model, card, target, overwrite=True)
     counted = read_json(target / "card.json")["accuracy"]

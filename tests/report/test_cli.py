@@ -171,7 +171,7 @@ def test_zoo_doctor_version_and_help():
         text = call(command, "--help")
         assert text.exit_code == 0
         assert len(text.stdout) > 100
-    assert "mamba-probe report zoo:mqar-mamba1" in call("report", "--help").stdout
+    assert "mamba-probe report zoo:trained-mqar-mamba1" in call("report", "--help").stdout
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,17 @@ from typer.testing import CliRunner
 from mamba_probe import tasks
 from mamba_probe.cli import app
 from mamba_probe.constructions import induction
-from mamba_probe.reproduce import CLAIMS, failures, reproduce
+from mamba_probe.reproduce import CLAIMS, failures, reproduce, trained_analyses, trained_keep, trained_recall
 from mamba_probe.reproduce import haar as haar_claim
 from mamba_probe.reproduce import keep as keep_claim
 from mamba_probe.reproduce.accuracy import accuracy_rows
 from mamba_probe.reproduce.claim import run
-from mamba_probe.reproduce.table import AS_IT_MUST, FAILS, HOLDS, Cell, Criterion
+from mamba_probe.reproduce.finding import BETWEEN, NO_CIRCUIT, OUTSIDE, SHOWN, UNSHOWN
+from mamba_probe.reproduce.table import AS_IT_MUST, FAILS, HOLDS, REPORTED, Cell, Criterion
+from mamba_probe.reproduce.trained import checkpoints
 
+FINDINGS = (REPORTED, SHOWN, UNSHOWN, BETWEEN, OUTSIDE, NO_CIRCUIT)
+TRAINED = {"keep": trained_keep, "recall": trained_recall, "analyses": trained_analyses}
 COLUMNS = ("what", "mixer", "dtype", "quantity", "estimator", "interval", "null_is", "over", "criterion", "verdict")
 
 
@@ -30,7 +34,7 @@ def call(*arguments):
 def of(name, **wanted):
     """The claim's own cells that have these arguments of the builder or of the task."""
     cells = [
-        cell for cell in CLAIMS[name].cells if wanted.items() <= (cell.build | cell.task | {"how": cell.how}).items()
+        cell for cell in CLAIMS[name].cells() if wanted.items() <= (cell.build | cell.task | {"how": cell.how}).items()
     ]
     assert cells, wanted
     return cells
@@ -63,10 +67,15 @@ def quick():
     return {"haar": haar, "keep": keep, "mqar": mqar, "induction": heads}
 
 
+PLANTED = ("haar", "keep", "mqar", "induction")
+
+
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory, small_zoo):
+    models = checkpoints(small_zoo)
+    trained = {f"trained-{name}": module.cells(models) for name, module in TRAINED.items()}
     directory, said = tmp_path_factory.mktemp("claims"), []
-    return directory, reproduce(list(CLAIMS), directory, cells=quick(), say=said.append), said
+    return directory, reproduce(list(CLAIMS), directory, cells=quick() | trained, say=said.append), said
 
 
 def test_every_claim_holds(made):
@@ -88,7 +97,7 @@ def test_every_row_says_what_it_is(name, made):
     for row in rows:
         assert all(row[column] for column in COLUMNS), row
         assert np.isfinite([float(row["value"]), float(row["null"])]).all()
-        assert row["verdict"] in (HOLDS, AS_IT_MUST)
+        assert row["verdict"] in ((HOLDS, AS_IT_MUST) if name in PLANTED else (HOLDS, *FINDINGS))
         if row["quantity"] == "accuracy":
             assert float(row["low"]) <= float(row["value"]) <= float(row["high"])
             assert float(row["low"]) < float(row["high"])
@@ -123,6 +132,17 @@ def test_the_page_keeps_claim_and_ours_apart(made):
     for name in ("torch", "seed", "seconds", "float32, float64"):
         assert name in page.split('<section id="provenance"')[1]
     assert f"{len(results['mqar'].rows)} measurements" in page
+
+
+def test_what_was_found_is_said(made):
+    directory, results, _ = made
+    kept, compared = (results[f"trained-{name}"].says for name in ("keep", "analyses"))
+    assert [said.split()[0] for said in kept] == ["trained-keep-mamba1-64", "trained-keep-s4d-64"]
+    assert "gamma 0 of all states" in kept[1]
+    assert compared[0].startswith("Of models that solve their task. Recall circuit")
+    text = (directory / "trained-keep.md").read_text()
+    assert all(f"- {said}" in text for said in kept)
+    assert "Found:" not in (directory / "haar.md").read_text()
 
 
 def test_equal_seeds_give_equal_rows_and_others_do_not():
@@ -194,7 +214,7 @@ def test_a_failure_exits_with_1_after_everything_is_written(monkeypatch, tmp_pat
     shown = {"length": "T", "vocab": "tokens"}
     broken = partial(accuracy_rows, builder=twin, task_of=tasks.induction, named=lambda cell: "twin", shown=shown)
     cells = tuple(of("induction", how="special", length=64, dtype="float32"))
-    monkeypatch.setitem(CLAIMS, "induction", replace(claim, cells=cells, measures={"special": broken}))
+    monkeypatch.setitem(CLAIMS, "induction", replace(claim, cells=lambda: cells, measures={"special": broken}))
     done = call("reproduce", "induction", "-o", tmp_path / "out")
     assert done.exit_code == 1, done.output
     assert f"{len(cells)} FAIL" in done.stdout
@@ -207,7 +227,7 @@ def test_a_failure_exits_with_1_after_everything_is_written(monkeypatch, tmp_pat
 def test_a_result_is_not_overwritten_unasked_and_nothing_old_stays_when_asked(monkeypatch, tmp_path):
     claim = CLAIMS["induction"]
     cells = tuple(of("induction", how="special", length=64, mixer="mamba1", dtype="float32"))
-    monkeypatch.setitem(CLAIMS, "induction", replace(claim, cells=cells))
+    monkeypatch.setitem(CLAIMS, "induction", replace(claim, cells=lambda: cells))
     (tmp_path / "mqar.csv").write_text("of an earlier run")
     refused = call("reproduce", "induction", "-o", tmp_path)
     assert refused.exit_code == 2
@@ -222,7 +242,8 @@ def test_a_result_is_not_overwritten_unasked_and_nothing_old_stays_when_asked(mo
 
 def test_refusals(tmp_path):
     with pytest.raises(
-        ValueError, match=r"takes names of haar, keep, mqar, induction and a seed.*got names \['hair'\]"
+        ValueError,
+        match=r"takes names of haar, keep, mqar, induction, trained-keep,.* and a seed.*got names \['hair'\]",
     ):
         reproduce(["hair"], tmp_path)
     with pytest.raises(ValueError, match="seed -1"):

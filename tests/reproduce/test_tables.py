@@ -55,7 +55,7 @@ def test_a_criterion_on_the_bound_needs_one():
 
 
 def test_wrong_criteria():
-    with pytest.raises(ValueError, match=r"relation: expected one of <=, >=, <, >, =; got '=='"):
+    with pytest.raises(ValueError, match=r"relation: expected one of <=, >=, <, >, =, none; got '=='"):
         Criterion("==", 1.0)
     with pytest.raises(ValueError, match="limit: expected a finite number; got nan"):
         Criterion("<=", math.nan)

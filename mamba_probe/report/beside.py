@@ -1,0 +1,84 @@
+"""The reference that a report puts beside a model: by default the closed form that the model's card names."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mamba_probe import constructions, zoo
+from mamba_probe.formats.files import read_json
+from mamba_probe.load import load
+from mamba_probe.trace.contract import unknown_name
+
+__all__ = ["NONE", "describe", "is_closed_form", "load_beside", "named"]
+
+NONE = "none"
+"""What asks for no reference."""
+CLOSED = "construction:"
+KINDS = {"mamba1": "Mamba-1", "mamba2": "Mamba-2", "s4d": "S4D"}
+LARGEST = 512
+"""Token ids that a closed form is built for: with one state a key, more would be large and are tested nowhere."""
+
+
+def named(source: str) -> str | None:
+    """Return what a checkpoint's card names as its reference; None without a card, or without a name in it.
+
+    Example:
+        >>> named("zoo:mqar-mamba1") is None
+        True
+    """
+    return _card(source).get("beside")
+
+
+def load_beside(name: str, vocab: int) -> nn.Module:
+    """Return a reference.
+
+    Arguments:
+        name: "construction:KIND", with KIND one of mamba1, mamba2 and s4d: the closed form of associative recall
+            (`mamba_probe.constructions.mqar`) with `vocab` token ids; or what `mamba_probe.load` takes.
+        vocab: token ids of the model that it is put beside.
+
+    Raises:
+        ValueError: an unknown KIND, or more token ids than a closed form is built for.
+
+    Example:
+        >>> load_beside("construction:mamba2", 16).config.vocab_size
+        16
+    """
+    if not name.startswith(CLOSED):
+        return load(name)
+    kind = name.removeprefix(CLOSED)
+    if kind not in KINDS:
+        raise unknown_name("construction", kind, tuple(KINDS))
+    if vocab > LARGEST:
+        raise ValueError(
+            f"{name} is built for at most {LARGEST} token ids; the model has {vocab}: pass --beside {NONE}"
+        )
+    model: Any = constructions.mqar(kind, vocab // 2, vocab // 2).model
+    model._mamba_probe_source = {"source": name}
+    return model
+
+
+def is_closed_form(name: str) -> bool:
+    """Whether a reference's weights were written down, as far as its name and card say."""
+    return name.startswith(CLOSED) or "construction" in _card(name)
+
+
+def describe(name: str) -> str:
+    """Return what a reference is, in a sentence; nothing where no card says.
+
+    Example:
+        >>> describe("construction:s4d")
+        'A one-layer S4D language model that solves the task. Its weights are written down in closed form, not trained.'
+    """
+    if name.startswith(CLOSED):
+        kind = KINDS[name.removeprefix(CLOSED)]
+        what = f"A one-layer {kind} language model that solves the task."
+        return f"{what} Its weights are written down in closed form, not trained."
+    return _card(name).get("what", "")
+
+
+def _card(source: str) -> dict[str, Any]:
+    folder = zoo.path(source.removeprefix("zoo:")) if source.startswith("zoo:") else Path(source)
+    path = folder / "card.json"
+    return read_json(path) if path.is_file() else {}

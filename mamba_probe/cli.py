@@ -237,6 +237,31 @@ def reproduce_command(
         raise typer.Exit(1)
 
 
+@app.command()
+@answered
+def inspect(
+    model: MODEL,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the recording that is weighed.")] = 1,
+    length: Annotated[int, typer.Option(min=1, help="Tokens a row of it.")] = 2048,
+) -> None:
+    """What a model is to the probe: its layers and sizes, what can be recorded and edited, and what that weighs.
+
+    Examples:
+
+      mamba-probe inspect state-spaces/mamba-130m --rows 4 --length 1024
+    """
+    from mamba_probe.load import load
+    from mamba_probe.probe import attach
+    from mamba_probe.report.inspecting import described
+
+    _quiet_transformers()
+    loaded = load(model)
+    with attach(loaded) as probe:
+        out.print(repr(probe), highlight=False)
+    for table in described(loaded, rows, length):
+        out.print(table)
+
+
 @app.command("zoo")
 @answered
 def zoo_command() -> None:

@@ -8,7 +8,16 @@ from mamba_probe.recorder import Plan
 from mamba_probe.trace.contract import unknown_name
 from mamba_probe.trace.schema import VARIABLES
 
-__all__ = ["checked_plan"]
+__all__ = ["checked_plan", "grouped"]
+
+
+def grouped(adapters: Sequence[MixerAdapter]) -> dict[str, tuple[int, ...]]:
+    """Layers that can share one trace, equal in family and sizes, by what those are."""
+    groups: dict[str, tuple[int, ...]] = {}
+    for adapter in adapters:
+        key = str(adapter.sizes)
+        groups[key] = (*groups.get(key, ()), adapter.layer)
+    return groups
 
 
 def checked_plan(

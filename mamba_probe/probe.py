@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from mamba_probe import provenance
 from mamba_probe.attaching import check_editable, check_free_to_attach, chosen_backend
+from mamba_probe.estimate import Estimate, estimate
 from mamba_probe.hooks import Edit
 from mamba_probe.inputs import ModelInput, checked_input
 from mamba_probe.jacobian import measure_jacobian
 from mamba_probe.keeping import KEEPS
 from mamba_probe.mixers import Listener, Tap, find_mixers
 from mamba_probe.parity import measure_parity
-from mamba_probe.planning import checked_plan
+from mamba_probe.planning import checked_plan, grouped
 from mamba_probe.recorder import Plan, Recorder
 from mamba_probe.tasks import Task
 from mamba_probe.trace.contract import unknown_name
@@ -145,11 +146,7 @@ class Probe(AbstractContextManager["Probe"]):
     @property
     def groups(self) -> dict[str, tuple[int, ...]]:
         """Layers that can share one trace: equal family and sizes."""
-        groups: dict[str, tuple[int, ...]] = {}
-        for adapter in self._adapters:
-            key = str(adapter.sizes)
-            groups[key] = (*groups.get(key, ()), adapter.layer)
-        return groups
+        return grouped(self._adapters)
 
     def __repr__(self) -> str:
         state = "attached to" if self.attached else "detached from"
@@ -157,7 +154,7 @@ class Probe(AbstractContextManager["Probe"]):
         for sizes, layers in self.groups.items():
             whole = layers[-1] - layers[0] == len(layers) - 1
             numbers = f"{layers[0]}..{layers[-1]}" if whole else ", ".join(map(str, layers))
-            span = f"layer {numbers}" if len(layers) == 1 else f"{len(layers)} layers {numbers}"
+            span = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers {numbers}"
             lines.append(f"  {span}: {sizes}")
         edits = {repr(edit): None for tap in self._taps.values() for edit in tap.edits}
         return "\n".join(lines + [f"  edits: {', '.join(edits)}"] * bool(edits))
@@ -175,6 +172,27 @@ class Probe(AbstractContextManager["Probe"]):
             if layer not in self._taps:
                 raise unknown_name("layer", layer, [str(known) for known in self.layers])
         return read_weights(self.model, self._adapters, self.groups, layers=layers)
+
+    def estimate(
+        self, inputs: Any = None, *, text: Sequence[str] | None = None, tokenizer: Any = None,
+        variables: Sequence[str] = DEFAULT_VARIABLES, layers: Sequence[int] | None = None,
+        tokens: Sequence[int] | None = None, channels: Sequence[int] | None = None,
+    ) -> Estimate:  # fmt: skip
+        """What `record` with the same arguments will weigh: bytes by variable; nothing runs.
+
+        Raises:
+            ValueError: what `record` refuses of them.
+
+        >>> import mamba_probe as mp
+        >>> with mp.attach(mp.load("zoo:mqar-mamba1")) as probe:
+        ...     print(probe.estimate(mp.tasks.mqar(batch=2, length=64, seed=0), variables=["delta", "h"]))
+        18.2 MB for 1 layer(s), 2 x 64 tokens: delta 141 kB, h 18.1 MB
+        """
+        adapter = self._adapters[0]
+        given = checked_input(self.model, adapter.sizes.width, inputs, None, text, tokenizer)
+        plan = checked_plan(self._adapters, self.groups, variables, layers, tokens, channels, given.length)
+        dtype = next(adapter.mixer.parameters()).dtype
+        return estimate(plan, given.batch, given.length, dtype, adapter.sizes.width)
 
     # -- recording -----------------------------------------------------------------------------------------------
 

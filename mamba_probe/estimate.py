@@ -1,0 +1,81 @@
+"""What a recording will weigh, before anything runs."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from mamba_probe.recorder import Plan
+from mamba_probe.trace.schema import VARIABLES
+
+__all__ = ["Estimate", "estimate", "readable"]
+
+COMPLEX = ("A", "B", "C", "A_bar", "B_bar", "h")
+"""Variables that S4D holds as complex numbers."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of a trace's variables, uncompressed: in memory, and about so many in a store.
+
+    Coordinates (token ids, validity, positions) are not counted: some 60 bytes a token.
+
+    Arguments:
+        variables: bytes by variable.
+        layers, rows, tokens: what they are of.
+    """
+
+    variables: Mapping[str, int]
+    layers: int
+    rows: int
+    tokens: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of all variables."""
+        return sum(self.variables.values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {readable(size)}" for name, size in self.variables.items())
+        return f"{readable(self.nbytes)} for {self.layers} layer(s), {self.rows} x {self.tokens} tokens: {parts}"
+
+
+def estimate(plan: Plan, rows: int, tokens: int, dtype: torch.dtype, width: int) -> Estimate:
+    """Return the bytes of what a plan records.
+
+    Each variable has the product of its dimensions of the schema, times 4 bytes (8 in a float64 model, and for
+    delta_cumsum; complex numbers twice that). Source: ours.
+
+    Arguments:
+        plan: a checked plan.
+        rows, tokens: of the recording.
+        dtype: of the model's weights.
+        width: features of the model.
+    """
+    kept, heads = (len(every) if every is not None else whole for every, whole in (
+        (plan.tokens, tokens), (plan.channels, plan.sizes.n_heads)))  # fmt: skip
+    sizes = plan.sizes
+    extent = {
+        "layer": len(plan.layers), "batch": rows, "token": kept, "channel": heads, "head": heads, "model": width,
+        "head_channel": sizes.head_channels, "group": sizes.n_groups, "state": sizes.n_states,
+    }  # fmt: skip
+    real = 8 if dtype == torch.float64 else 4
+    found = {}
+    for name in plan.variables:
+        is_complex = sizes.family == "s4d" and name in COMPLEX
+        size = 8 if name == "delta_cumsum" else real * (2 if is_complex else 1)
+        found[name] = size * math.prod(extent[dim] for dim in VARIABLES[name].dims(sizes.family))
+    return Estimate(found, len(plan.layers), rows, tokens)
+
+
+def readable(n_byte: int) -> str:
+    """Bytes as people say them.
+
+    >>> readable(999), readable(5_400_000_000)
+    ('999 B', '5.4 GB')
+    """
+    size, unit = float(n_byte), 0
+    while size >= 999.5 and unit < 4:
+        size, unit = size / 1000, unit + 1
+    return f"{n_byte} B" if unit == 0 else f"{size:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"

@@ -1,15 +1,16 @@
 """The probe: attach to a live model, record, edit, compare, detach."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from os import PathLike
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
-from torch import Tensor, nn
+from torch import nn
 
 from mamba_probe import provenance
 from mamba_probe.attaching import check_editable, check_free_to_attach, chosen_backend
@@ -18,15 +19,15 @@ from mamba_probe.hooks import Edit
 from mamba_probe.inputs import ModelInput, checked_input
 from mamba_probe.jacobian import measure_jacobian
 from mamba_probe.keeping import KEEPS
-from mamba_probe.mixers import Listener, Tap, find_mixers
+from mamba_probe.listening import kept, listen, listening
+from mamba_probe.mixers import Tap, find_mixers
 from mamba_probe.parity import measure_parity
 from mamba_probe.planning import checked_plan, grouped
 from mamba_probe.recorder import Plan, Recorder
 from mamba_probe.tasks import Task
 from mamba_probe.trace.contract import unknown_name
 from mamba_probe.trace.schema import DEFAULT_VARIABLES
-from mamba_probe.trace.store import check_free, save
-from mamba_probe.untraced import UntracedListener, untraced
+from mamba_probe.trace.store import check_free
 from mamba_probe.weights import read_statics, read_weights
 
 __all__ = ["Probe", "attach", "detach"]
@@ -229,7 +230,11 @@ class Probe(AbstractContextManager["Probe"]):
         if store is not None:
             check_free(store, overwrite)
         recorder = self._recorder(plan)
-        with _kept(recorder, given.label, store, overwrite), self._listening(recorder), torch.no_grad():
+        with (
+            kept(recorder, given.label, store, overwrite),
+            listening(self.model, self._taps, recorder),
+            torch.no_grad(),
+        ):
             for piece in given.pieces(batch_size):
                 self.model(**piece)
         return given.label(recorder.dataset)
@@ -262,7 +267,7 @@ class Probe(AbstractContextManager["Probe"]):
         if store is not None:
             check_free(store, overwrite)
         recorder = self._recorder(plan, keep)
-        with _kept(recorder, lambda trace: trace, store, overwrite), self._listening(recorder):
+        with kept(recorder, lambda trace: trace, store, overwrite), listening(self.model, self._taps, recorder):
             yield recorder
 
     def _recorder(self, plan: Plan, keep: str = "host") -> Recorder:
@@ -280,36 +285,6 @@ class Probe(AbstractContextManager["Probe"]):
             "parity_error": self._parity_error,
         }
         return Recorder(plan, statics, attrs, keep)
-
-    @contextmanager
-    def _listening(self, recorder: Recorder) -> Iterator[None]:
-        if any(tap.listener is not None for tap in self._taps.values()):
-            raise ValueError("a recording is already open on this probe: leave it first")
-
-        def begin(_model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            first = kwargs.get("input_ids", args[0] if args else None)
-            ids = first if isinstance(first, Tensor) and not first.is_floating_point() else None
-            recorder.begin(ids, kwargs.get("logits_to_keep", 0))
-
-        def end(_model: nn.Module, _args: Any, output: Any) -> None:
-            recorder.end(getattr(output, "logits", None))
-
-        handles = [
-            self.model.register_forward_pre_hook(untraced(begin), with_kwargs=True),
-            self.model.register_forward_hook(untraced(end), always_call=True),
-        ]
-        try:
-            self._listen(UntracedListener(recorder))
-            yield
-        finally:
-            self._listen(None)
-            for handle in handles:
-                handle.remove()
-            recorder.close()
-
-    def _listen(self, listener: Listener | None) -> None:
-        for tap in self._taps.values():
-            tap.listener = listener
 
     # -- experiments ---------------------------------------------------------------------------------------------
 
@@ -441,18 +416,6 @@ class Probe(AbstractContextManager["Probe"]):
         )  # fmt: skip
         if options:
             raise unknown_name("argument", next(iter(options)), ("text", "tokenizer"))
-        result = measure_parity(self.model, self._adapters, given, self._listen, self._suspended)
+        result = measure_parity(self.model, self._adapters, given, partial(listen, self._taps), self._suspended)
         self._parity_error = float(result["out_vs_native"].max())
         return result
-
-
-@contextmanager
-def _kept(
-    recorder: Recorder, label: Callable[[xr.Dataset], xr.Dataset], store: str | PathLike[str] | None, overwrite: bool
-) -> Iterator[None]:
-    """Write the trace to `store` when the block is left, after a fault too: the calls that were whole."""
-    try:
-        yield
-    finally:
-        if recorder.n_calls and store is not None:
-            save(label(recorder.dataset), store, overwrite=overwrite)

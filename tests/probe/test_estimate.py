@@ -5,8 +5,7 @@ import torch
 from typer.testing import CliRunner
 
 import mamba_probe as mp
-from mamba_probe import blocks
-from mamba_probe.cli import app
+from mamba_probe import blocks, cli
 from mamba_probe.estimate import readable
 from mamba_probe.trace.schema import VARIABLES
 
@@ -53,8 +52,9 @@ def test_sizes_are_said_as_people_say_them(size, said):
     assert readable(size) == said
 
 
-def test_inspect_tells_layers_sizes_and_weights():
-    result = CliRunner().invoke(app, ["inspect", "zoo:trained-mqar-mamba2", "--length", "100"], env={"COLUMNS": "160"})
+def test_inspect_tells_layers_sizes_and_weights(monkeypatch):
+    monkeypatch.setattr(cli.out, "width", 160)
+    result = CliRunner().invoke(cli.app, ["inspect", "zoo:trained-mqar-mamba2", "--length", "100"])
     assert result.exit_code == 0
     head = 4 * 100
     for expected in (

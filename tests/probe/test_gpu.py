@@ -10,6 +10,7 @@ import mamba_probe as mp
 from mamba_probe import recorder as recorder_module
 from mamba_probe.keeping import Courier
 from mamba_probe.kernels.emission import EMITTABLE, Emit
+from mamba_probe.listening import listen
 
 pytestmark = pytest.mark.gpu
 VARIABLES = ("delta", "A_bar", "B", "C", "x", "z", "y", "h", "out")
@@ -84,11 +85,11 @@ def _executed(probe, ids, names):
             torch.cuda.synchronize()
             arrays.update({(call.layer, name): call.tensors[name].float().cpu().numpy() for name in names})
 
-    probe._listen(Listener())
+    listen(probe._taps, Listener())
     try:
         probe.model(ids)
     finally:
-        probe._listen(None)
+        listen(probe._taps, None)
     return arrays
 
 

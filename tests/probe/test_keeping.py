@@ -7,6 +7,7 @@ import torch
 import mamba_probe as mp
 from mamba_probe.keeping import Courier, Kept
 from mamba_probe.kernels.emission import EMITTABLE, Emit
+from mamba_probe.listening import listen
 from mamba_probe.trace.schema import VARIABLES
 
 IDS = torch.randint(1, 61, (3, 21), generator=torch.Generator().manual_seed(7))
@@ -31,12 +32,12 @@ class Executed:
 
 def executed(probe, ids, names, mask=None):
     listener = Executed(names)
-    probe._listen(listener)
+    listen(probe._taps, listener)
     try:
         with torch.no_grad():
             probe.model(ids, attention_mask=mask)
     finally:
-        probe._listen(None)
+        listen(probe._taps, None)
     return listener.arrays
 
 

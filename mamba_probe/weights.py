@@ -12,6 +12,9 @@ from mamba_probe.mixers import MixerAdapter
 
 __all__ = ["read_statics", "read_weights"]
 
+FINAL_NORMS = ("norm_f", "final_layernorm", "norm")
+"""What the last norm is called: in Mamba, Mamba-2 and Nemotron-H; in Bamba, Jamba, Zamba, Falcon-H1; in Granite."""
+
 
 def read_statics(adapters: Sequence[MixerAdapter], names: Sequence[str]) -> dict[str, np.ndarray]:
     """Those of `names` that are constant, each stacked over the layers of `adapters`, which have equal sizes."""
@@ -47,14 +50,21 @@ def read_weights(
 
 
 def _readout(model: nn.Module) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
-    """Unembedding and final norm of a language model; nothing for a bare mixer or a backbone."""
+    """Unembedding, with the logits' own multiplier, and final norm of a language model; nothing for a bare mixer."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    norm = getattr(getattr(model, "backbone", model), "norm_f", None)
+    core = getattr(model, getattr(model, "base_model_prefix", "backbone"), model)
+    norms = [getattr(core, name, None) for name in FINAL_NORMS if hasattr(core, "layers")]
+    norm = next((norm for norm in norms if norm is not None), None)
     found = {}
     if head is not None:
-        found["unembedding"] = (("vocab", "model"), _host(head.weight))
+        config = getattr(model, "config", None)
+        rows = _host(head.weight)
+        rows *= getattr(config, "lm_head_multiplier", 1.0) / getattr(config, "logits_scaling", 1.0)
+        found["unembedding"] = (("vocab", "model"), rows)
     if norm is not None:
         found["norm_f"] = (("model",), _host(norm.weight))
+        if getattr(norm, "bias", None) is not None:  # no RMS norm
+            found["norm_f_bias"] = (("model",), _host(norm.bias))
     return found
 
 

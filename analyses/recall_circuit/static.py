@@ -20,6 +20,9 @@ INPUTS = {
     "mamba": ("in_proj_x",), "mamba2": ("in_proj_x", "in_proj_B", "in_proj_C"), "s4d": ("in_proj_x",),
 }  # fmt: skip
 
+BIASES = ("in_proj_bias", "out_proj_bias")
+"""What the names of projections' biases begin with."""
+
 
 @dataclass(frozen=True)
 class Path:
@@ -88,6 +91,17 @@ def check_weights(weights: xr.Dataset | None, canonical: Canonical) -> xr.Datase
         missing = [name for name in INPUTS[canonical.trace.attrs["family"]] if name not in weights]
         if missing:
             raise ValueError(f"the trace has the mixer's input `u`, and weights lack {', '.join(missing)} to follow it")
+    if "norm_f_bias" in weights:
+        raise ValueError(
+            "recall_circuit reads values out through an RMS norm: expected `norm_f` alone, got `norm_f_bias`; a"
+            " norm with a bias subtracts the mean. Measure a model that ends in an RMS norm"
+        )
+    biased = [name for name in map(str, weights) if name.startswith(BIASES) and bool((weights[name] != 0).any())]
+    if biased:
+        raise ValueError(
+            f"recall_circuit follows what projections multiply: expected biases of zero, got {', '.join(biased)}, which"
+            " add what no signature has. Measure a model without them"
+        )
     absent = sorted(set(canonical.layers.tolist()) - set(weights["layer"].values.tolist()))
     if absent:
         raise ValueError(f"weights lack layer {absent} of the trace; they hold {weights['layer'].values.tolist()}")

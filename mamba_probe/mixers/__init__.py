@@ -2,22 +2,28 @@
 
 from torch import nn
 
+from mamba_probe.mixers.bamba import BambaAdapter, GraniteMoeHybridAdapter, NemotronHAdapter, Zamba2Adapter
 from mamba_probe.mixers.base import MixerAdapter, Sizes
+from mamba_probe.mixers.falcon_h1 import FalconH1Adapter
+from mamba_probe.mixers.falcon_mamba import FalconMambaAdapter
+from mamba_probe.mixers.jamba import JambaAdapter
 from mamba_probe.mixers.mamba import MambaAdapter
 from mamba_probe.mixers.mamba2 import Mamba2Adapter
 from mamba_probe.mixers.own import OwnMamba2Adapter, OwnMambaAdapter, S4DAdapter
 from mamba_probe.mixers.tap import Call, Listener, Tap
+from mamba_probe.mixers.zamba import ZambaAdapter
 
 __all__ = ["ADAPTERS", "Call", "Listener", "MixerAdapter", "Sizes", "Tap", "find_mixers"]
 
-ADAPTERS: tuple[type[MixerAdapter], ...] = (MambaAdapter, Mamba2Adapter, OwnMambaAdapter, OwnMamba2Adapter, S4DAdapter)
+ADAPTERS: tuple[type[MixerAdapter], ...] = (
+    MambaAdapter, FalconMambaAdapter, JambaAdapter, ZambaAdapter,
+    Mamba2Adapter, BambaAdapter, Zamba2Adapter, GraniteMoeHybridAdapter, NemotronHAdapter, FalconH1Adapter,
+    OwnMambaAdapter, OwnMamba2Adapter, S4DAdapter,
+)  # fmt: skip
 
 _PATHS = [adapter.class_path for adapter in ADAPTERS]
 
-NOT_YET = (
-    "FalconMambaMixer", "JambaMambaMixer", "ZambaMambaMixer", "Zamba2MambaMixer", "BambaMixer",
-    "GraniteMoeHybridMambaLayer", "NemotronHMamba2Mixer", "FalconH1Mixer", "Mamba", "Mamba2",
-)  # fmt: skip
+NOT_YET = ("Mamba", "Mamba2")
 """State-space mixers that later versions take over; refused by name until then."""
 
 

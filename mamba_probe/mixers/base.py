@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from mamba_probe.hooks import ABLATABLE
 from mamba_probe.kernels.scan import BACKENDS
+from mamba_probe.mixers.linear import affine
 from mamba_probe.mixers.takeover import innermost, rebind
 from mamba_probe.mixers.tap import Call, Tap
 
-__all__ = ["Labelled", "MixerAdapter", "Sizes", "causal_conv", "masked", "no_shortcut"]
+__all__ = ["Labelled", "MixerAdapter", "Sizes", "causal_conv", "convolved", "double", "masked", "no_shortcut"]
 
 Labelled = tuple[tuple[str, ...], Tensor]
 """A tensor with the names of its dimensions."""
@@ -34,7 +35,8 @@ class Sizes:
 
     def __str__(self) -> str:
         if self.family != "mamba2":
-            return f"{self.family}: {self.n_heads} channels, state {self.n_states}"
+            groups = f" in {self.n_groups} groups" if self.family == "mamba" and self.n_groups > 1 else ""
+            return f"{self.family}: {self.n_heads} channels{groups}, state {self.n_states}"
         return f"mamba2: {self.n_heads} heads of {self.head_channels}, {self.n_groups} group(s), state {self.n_states}"
 
 
@@ -77,9 +79,18 @@ class MixerAdapter(ABC):
         """A_log as the mixer takes it: transformers rounds it to float32 whatever the model is."""
         return A_log.float()
 
+    def linear(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """The matrix by which a projection of the mixer acts, (out, in), and its bias."""
+        return affine(getattr(self.mixer, name), self.mixer.conv1d.weight)
+
+    def linear64(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """`linear` for the oracle, float64 and detached."""
+        weight, bias = self.linear(name)
+        return double(weight), None if bias is None else double(bias)
+
+    @abstractmethod
     def statics(self) -> dict[str, Labelled]:
         """The trace's variables that are constant in this family."""
-        return {"A": self.weights()["A"]}
 
     @abstractmethod
     def oracle(self, hidden: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
@@ -130,6 +141,16 @@ def _tapped(forward: FunctionType, tap: Tap, takes: Signature, owner: int) -> Ca
 def masked(hidden: Tensor, valid: Tensor | None) -> Tensor:
     """Hidden states with padding set to zero, as the library does before in_proj and after the convolution."""
     return hidden if valid is None else hidden * valid[..., None].to(hidden.dtype)
+
+
+def double(tensor: Tensor) -> Tensor:
+    """A weight for the oracle: float64 and detached."""
+    return tensor.detach().double()
+
+
+def convolved(conv: Any, hidden: Tensor) -> Tensor:
+    """`causal_conv` of float64 `hidden` by a mixer's conv1d."""
+    return causal_conv(hidden, double(conv.weight)[:, 0].flip(-1), None if conv.bias is None else double(conv.bias))
 
 
 def causal_conv(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -4,7 +4,8 @@
 h = exp(delta A) h + delta B x;  y = C h + D x;  out = out_proj(norm(y silu(z)))
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from mamba_probe.kernels.emission import Emit
 from mamba_probe.kernels.scan import selective_scan
-from mamba_probe.mixers.base import Labelled, MixerAdapter, Sizes, causal_conv, masked, no_shortcut
+from mamba_probe.mixers.base import Labelled, MixerAdapter, Sizes, convolved, double, masked, no_shortcut
 from mamba_probe.mixers.tap import OPEN_GATE, Tap
 
-__all__ = ["Mamba2Adapter"]
+__all__ = ["Mamba2Adapter", "acting_gate"]
 
 
 class Mamba2Adapter(MixerAdapter):
@@ -46,55 +47,61 @@ class Mamba2Adapter(MixerAdapter):
         }
 
     def take_over(self, tap: Tap) -> None:
-        """The gate acts after the scan, in the mixer's norm: it is noted, and opened by an edit, on its way in."""
+        super().take_over(tap)
+        self._watch_gate(tap)
+
+    def release(self) -> None:
+        if self.tap is not None:
+            for hooks in (self.mixer.norm._forward_pre_hooks, self.mixer.in_proj._forward_hooks):
+                for key in [key for key, hook in hooks.items() if hook.__module__.startswith(__package__)]:
+                    del hooks[key]
+        super().release()
+
+    def _watch_gate(self, tap: Tap) -> None:
+        """The gate acts after the scan, in the mixer's norm: it is met on its way in."""
         heads = (self.sizes.n_heads, self.sizes.head_channels)
 
         def at_norm(_norm: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
             scan_output, gate = args
-            if tap.call is not None and tap.listener is not None:
-                tap.call.tensors["z"] = gate.unflatten(-1, heads)
-            return (scan_output, torch.full_like(gate, OPEN_GATE) if tap.touches("gate") else gate)
+            return scan_output, acting_gate(tap, gate, heads)
 
-        super().take_over(tap)
         self.mixer.norm.register_forward_pre_hook(at_norm)
 
-    def release(self) -> None:
-        if self.tap is not None:
-            hooks = self.mixer.norm._forward_pre_hooks
-            for key in [key for key, hook in hooks.items() if hook.__module__ == __name__]:
-                del hooks[key]
-        super().release()
-
     def weights(self) -> dict[str, Labelled]:
-        mixer, parts = self.mixer, self._parts()
-        z, x, B, C, dt = mixer.in_proj.weight.split([parts[0], *parts])
-        heads, groups = (self.sizes.n_heads, self.sizes.head_channels), (self.sizes.n_groups, self.sizes.n_states)
-        conv_x, conv_B, conv_C = mixer.conv1d.weight[:, 0].flip(-1).split(parts[:3])
-        per_head, per_group = ("head", "head_channel"), ("group", "state")
-        labelled = {
-            "A": (("head",), -torch.exp(self._wide(mixer.A_log))),
+        mixer, heads = self.mixer, (self.sizes.n_heads, self.sizes.head_channels)
+        rows, bias = self._in_proj(torch.promote_types(mixer.conv1d.weight.dtype, torch.float32))
+        out, out_bias = self.linear("out_proj")
+        labelled = self.statics() | {
             "D": (("head",), mixer.D),
             "dt_bias": (("head",), mixer.dt_bias),
-            "in_proj_x": ((*per_head, "model"), x.unflatten(0, heads)),
-            "in_proj_z": ((*per_head, "model"), z.unflatten(0, heads)),
-            "in_proj_B": ((*per_group, "model"), B.unflatten(0, groups)),
-            "in_proj_C": ((*per_group, "model"), C.unflatten(0, groups)),
-            "in_proj_dt": (("head", "model"), dt),
-            "conv_x": ((*per_head, "lag"), conv_x.unflatten(0, heads)),
-            "conv_B": ((*per_group, "lag"), conv_B.unflatten(0, groups)),
-            "conv_C": ((*per_group, "lag"), conv_C.unflatten(0, groups)),
-            "out_proj": (("model", *per_head), mixer.out_proj.weight.unflatten(1, heads)),
+            "out_proj": (("model", "head", "head_channel"), out.unflatten(1, heads)),
         }
-        if "weight" in mixer.norm._parameters:
-            labelled["norm"] = (per_head, mixer.norm.weight.unflatten(0, heads))
+        labelled |= self._apart("in_proj", rows, ("z", "x", "B", "C", "dt"), "model")
+        labelled |= self._apart("conv", mixer.conv1d.weight[:, 0].flip(-1), ("x", "B", "C"), "lag")
+        if bias is not None:
+            labelled |= self._apart("in_proj_bias", bias, ("z", "x", "B", "C", "dt"))
         if mixer.conv1d.bias is not None:
-            bias_x, bias_B, bias_C = mixer.conv1d.bias.split(parts[:3])
-            labelled |= {
-                "conv_bias_x": (per_head, bias_x.unflatten(0, heads)),
-                "conv_bias_B": (per_group, bias_B.unflatten(0, groups)),
-                "conv_bias_C": (per_group, bias_C.unflatten(0, groups)),
-            }
+            labelled |= self._apart("conv_bias", mixer.conv1d.bias, ("x", "B", "C"))
+        if out_bias is not None:
+            labelled["out_proj_bias"] = (("model",), out_bias)
+        if "weight" in mixer.norm._parameters:
+            labelled["norm"] = (("head", "head_channel"), mixer.norm.weight.unflatten(0, heads))
         return labelled
+
+    def statics(self) -> dict[str, Labelled]:
+        return {"A": (("head",), -torch.exp(self._wide(self.mixer.A_log)))}
+
+    def _apart(self, name: str, rows: Tensor, parts: Sequence[str], *dims: str) -> dict[str, Labelled]:
+        """`rows` cut into what they make, `name` before each part; `dims` are those of one row."""
+        sizes = self.sizes
+        per_head = {"head": sizes.n_heads, "head_channel": sizes.head_channels}
+        per_group = {"group": sizes.n_groups, "state": sizes.n_states}
+        layout = {"z": per_head, "x": per_head, "B": per_group, "C": per_group, "dt": {"head": sizes.n_heads}}
+        cut = rows.split([prod(layout[part].values()) for part in parts])
+        return {
+            f"{name}_{part}": ((*layout[part], *dims), piece.unflatten(0, tuple(layout[part].values())))
+            for part, piece in zip(parts, cut, strict=True)
+        }
 
     def _parts(self) -> list[int]:
         """Sizes of x, B, C and dt along in_proj's rows (z, as long as x, comes first)."""
@@ -102,27 +109,46 @@ class Mamba2Adapter(MixerAdapter):
         grouped = sizes.n_groups * sizes.n_states
         return [sizes.n_heads * sizes.head_channels, grouped, grouped, sizes.n_heads]
 
+    def _in_proj(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Rows and bias of z, x, B, C and dt, as they act on the mixer's input."""
+        weight, bias = self.linear("in_proj")
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
+
     def oracle(self, hidden: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
         mixer, sizes, parts = self.mixer, self.sizes, self._parts()
-        w = {name: tensor.detach().double() for name, tensor in mixer.state_dict().items()}
-        projected = F.linear(masked(hidden.double(), valid), w["in_proj.weight"], w.get("in_proj.bias"))
+        projected = F.linear(masked(hidden.double(), valid), *self._in_proj(torch.float64))
         z, xBC, dt = projected.split([parts[0], sum(parts[:3]), parts[3]], -1)
-        xBC = masked(causal_conv(xBC, w["conv1d.weight"][:, 0].flip(-1), w.get("conv1d.bias")), valid)
+        xBC = masked(convolved(mixer.conv1d, xBC), valid)
         x, B, C = xBC.split(parts[:3], -1)
         B, C = (t.unflatten(-1, (sizes.n_groups, sizes.n_states)) for t in (B, C))
         result = selective_scan(
-            x.unflatten(-1, (sizes.n_heads, sizes.head_channels)), dt, -torch.exp(w["A_log"]), B, C, w["D"],
-            delta_bias=w["dt_bias"], delta_softplus=True, delta_limits=self._limits,
+            x.unflatten(-1, (sizes.n_heads, sizes.head_channels)), dt, -torch.exp(double(mixer.A_log)), B, C,
+            double(mixer.D), delta_bias=double(mixer.dt_bias), delta_softplus=True, delta_limits=self._limits,
             emit=Emit(("delta",)), backend="naive",
         )  # fmt: skip
         assert result.emission.delta is not None
-        normed = result.y.flatten(2) * F.silu(z)
-        if "norm.weight" in w:
-            grouped = normed.unflatten(-1, (sizes.n_groups, -1))
-            grouped = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + mixer.norm.variance_epsilon)
-            normed = grouped.flatten(2) * w["norm.weight"]
-        out = F.linear(normed, w["out_proj.weight"], w.get("out_proj.bias"))
+        out = F.linear(self._gated(result.y.flatten(2), z), *self.linear64("out_proj"))
         return {"delta": result.emission.delta, "B": B, "C": C, "out": out}
+
+    def _gated(self, y: Tensor, z: Tensor) -> Tensor:
+        """What enters out_proj, in float64."""
+        gated = y * F.silu(z)
+        return self._normed(gated) if "weight" in self.mixer.norm._parameters else gated
+
+    def _normed(self, y: Tensor) -> Tensor:
+        norm = self.mixer.norm
+        grouped = y.unflatten(-1, (self.sizes.n_groups, -1))
+        grouped = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+        return grouped.flatten(2) * double(norm.weight)
+
+
+def acting_gate(tap: Tap, gate: Tensor, heads: tuple[int, int]) -> Tensor:
+    """`gate` (batch, token, channel), noted on its way, and open where an edit takes it out."""
+    if tap.call is None:  # a copy of the mixer, with its hooks
+        return gate
+    if tap.listener is not None:
+        tap.call.tensors["z"] = gate.unflatten(-1, heads)
+    return torch.full_like(gate, OPEN_GATE) if tap.touches("gate") else gate
 
 
 def _scan(tap: Tap) -> Callable[..., Any]:
@@ -153,7 +179,8 @@ def _step(tap: Tap) -> Callable[..., Tensor]:
             delta_softplus=dt_softplus, initial_state=state,
         )  # fmt: skip
         state.copy_(result.last_state.to(state.dtype))
-        return result.y[:, 0].to(hidden_states.dtype)
+        y = result.y[:, 0] if z is None else result.y[:, 0] * F.silu(z)  # noted and opened before, see `_watch_gate`
+        return y.to(hidden_states.dtype)
 
     return mamba2_selective_state_update
 

@@ -34,6 +34,8 @@ class Call:
     """The edits that acted on this layer."""
     state_in: Tensor | None = None
     state_out: Tensor | None = None
+    parts: list["Call"] = field(default_factory=list)
+    """One a scan, where a mixer scans its channels in parts; together they make this call."""
 
 
 class Listener(Protocol):

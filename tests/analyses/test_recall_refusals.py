@@ -114,3 +114,19 @@ def test_a_baseline_that_does_not_fit(trace: xr.Dataset, weights: xr.Dataset):
     other = (trace.assign_coords(layer=[5]), weights.assign_coords(layer=[5]))
     with pytest.raises(ValueError, match=r"baseline has layers \[5\]; the trace has \[3\]"):
         recall_circuit.measure(trace, **options, baseline=other)
+
+
+@pytest.mark.parametrize("name", ["in_proj_bias_x", "out_proj_bias"])
+def test_projections_with_biases_are_refused_by_name(trace: xr.Dataset, weights: xr.Dataset, name: str):
+    dim = "model" if name == "out_proj_bias" else "channel"
+    weights[name] = (("layer", dim), np.zeros((1, weights.sizes[dim])))
+    recall_circuit.measure(trace, weights=weights, interventions=edits())
+    weights[name][0, 1] = 0.5
+    with pytest.raises(ValueError, match=f"expected biases of zero, got {name}"):
+        recall_circuit.measure(trace, weights=weights, interventions=edits())
+
+
+def test_a_last_norm_that_subtracts_the_mean_is_refused(trace: xr.Dataset, weights: xr.Dataset):
+    weights["norm_f_bias"] = (("model",), np.zeros(3))
+    with pytest.raises(ValueError, match="expected `norm_f` alone, got `norm_f_bias`"):
+        recall_circuit.measure(trace, weights=weights, interventions=edits())

@@ -2,14 +2,16 @@
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mamba_probe.formats import files, recognise, refuse_family
+from mamba_probe.formats import files, placing, recognise, refuse_family
 from mamba_probe.formats.recipe import refuse_nonfinite
+from mamba_probe.formats.releases import warn_of_ungrouped_norms
 
 __all__ = ["load", "load_tokenizer"]
 
@@ -18,9 +20,10 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _ALONGSIDE = ("config.json", "generation_config.json")
 _PATTERNS = (
     (*_ALONGSIDE, "model*.safetensors", "model.safetensors.index.json"),
+    (*_ALONGSIDE, "params.json", "consolidated.safetensors"),
     (*_ALONGSIDE, "pytorch_model*.bin", "pytorch_model.bin.index.json"),
 )
-"""What is fetched from the hub: safetensors, and .bin only where there are none."""
+"""What is fetched from the hub: safetensors, and another layout only where there are none of the one before."""
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -30,14 +33,16 @@ def load(
     revision: str | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    device_map: str | Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Load a checkpoint as a live transformers module in eval mode.
 
-    The format is recognised by config.json and the tensors' names: transformers (MambaForCausalLM, MambaModel,
-    Mamba2ForCausalLM, Mamba2Model), original state-spaces (Mamba-1 and Mamba-2), a bare mixer (MambaMixer,
-    Mamba2Mixer), or a model of `mamba_probe.blocks`, as constructions save their S4D. Every weight comes from the
-    file: a missing, unexpected or mis-shaped one is an error. Code that comes with a checkpoint is never run. Where a
-    directory holds both, safetensors are read and .bin are not.
+    The format is recognised by config.json and the tensors' names: transformers (all ten Mamba families), original
+    state-spaces (Mamba-1, Mamba-2, hybrids that Bamba can hold), Mamba-Codestral, mamba-minimal, mamba.py, fla,
+    zoology, a bare mixer (MambaMixer, Mamba2Mixer, s4's S4D), or a model of `mamba_probe.blocks`. Every weight comes
+    from the file: a missing, unexpected or mis-shaped one is an error. Code that comes with a checkpoint is never run.
+    Where a directory holds both, safetensors are read and .bin are not. What no module here can hold, a quantised
+    checkpoint and a LoRA adapter alone are refused by name.
     The module's `_mamba_probe_source` says where it came from: source, format and the weight files' sha256.
 
     Source: ours.
@@ -47,6 +52,8 @@ def load(
         revision: branch, tag or commit of a hub id.
         dtype: floating dtype that all weights are cast to; None keeps each weight's own.
         device: where the weights go.
+        device_map: instead of `device`, what accelerate takes: "auto", or module name -> device, "cpu" among GPUs
+            being offload. Weights are read into memory first, so that "disk" is refused.
 
     Raises:
         FileNotFoundError: the path, its config.json or its weights are missing, or the hub id is out of reach.
@@ -64,18 +71,21 @@ def load(
     """
     place = _device(device)
     _refuse_dtype(dtype)
+    placing.refuse(device_map, device)
     path, where = _local(source, revision) or _from_hub(str(source), revision), str(source)
     folder = path if path.is_dir() else _weight_file(path).parent
-    config = files.read_json(folder / "config.json")
-    refuse_family(config, where)
+    config = files.read_config(folder)
+    refuse_family(config or {}, where)
     weight_files = files.find_weights(path) if path.is_dir() else [path]
     weights = files.read_weights(weight_files)
     refuse_nonfinite(weights, where)
     form = recognise(config, weights, where)
-    recipe = form.convert(config, weights, where)
     if dtype is not None:
-        _cast(recipe.weights, dtype, where)
-    module: Any = recipe.fill(where).to(place).eval()
+        _cast(weights, dtype, where)
+    module: Any = form.convert(config or {}, weights, where).fill(where).to(place).eval()
+    if device_map is not None:
+        module = placing.dispatch(module, device_map)
+    warn_of_ungrouped_norms(module, where)
     _take_over_settings(module, folder)
     module._mamba_probe_source = {"source": where, "format": form.NAME, "sha256": files.sha256(weight_files)}
     return module
@@ -177,19 +187,31 @@ def _local(source: Any, revision: str | None) -> Path | None:
 
 def _from_hub(source: str, revision: str | None) -> Path:
     """Fetch a hub id's config and weights, or find them in the local cache; no other file is fetched."""
-    from huggingface_hub import snapshot_download
-
     for patterns in _PATTERNS:
         try:
-            folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
+            folder = _snapshot(source, revision, list(patterns))
         except (OSError, ValueError) as error:
+            at = f"{source} at {revision!r}" if revision else source
             raise FileNotFoundError(
-                f"{source}: not a directory here, and as a hub id neither reachable nor in the local cache: {error}\n"
+                f"{at}: not a directory here, and as a hub id neither reachable nor in the local cache: {error}\n"
                 "Check the name and the connection, or copy the checkpoint and give its directory."
             ) from error
         if any((folder / name).is_file() for name in files.WEIGHTS):
             return folder
     return folder
+
+
+def _snapshot(source: str, revision: str | None, patterns: list[str]) -> Path:
+    """The snapshot's folder; without a network older hub clients find a commit only if they are told to stay here."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    except OSError as error:
+        try:
+            return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, local_files_only=True))
+        except OSError:
+            raise error from None
 
 
 def _take_over_settings(module: nn.Module, folder: Path) -> None:

@@ -10,19 +10,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["SUFFIXES", "WEIGHTS", "find_weights", "read_json", "read_weights", "sha256"]
+__all__ = ["CONFIGS", "SUFFIXES", "WEIGHTS", "find_weights", "read_config", "read_json", "read_weights", "sha256"]
+
+CONFIGS = ("config.json", "params.json")
+"""Names of the config, in the order in which they are looked for; the second is Mistral's."""
+
+ADAPTER = "adapter_config.json"
 
 WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
+    "consolidated.safetensors",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
 """Weight files in the order in which they are looked for; the first found is read."""
 
-SUFFIXES = (".safetensors", ".bin")
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DAMAGED = "looks truncated or damaged; copy or download it again"
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """Read the config beside the weights; None if there is none, but there are weights.
+
+    Source: ours; `CONFIGS` is the order.
+
+    Raises:
+        FileNotFoundError: there is neither a config nor a weight file.
+        ValueError: it is not JSON, or not an object; or the directory is a LoRA adapter alone.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "params.json").write_text('{"dim": 8}')
+        >>> read_config(folder)
+        {'dim': 8}
+    """
+    found = next((folder / name for name in CONFIGS if (folder / name).is_file()), None)
+    if found is None and (folder / ADAPTER).is_file():
+        raise ValueError(
+            f"{folder} holds a LoRA adapter alone ({ADAPTER}). Load its base model, put the adapter on it with peft, "
+            "and attach to that; or merge the two and save a whole checkpoint."
+        )
+    if found is None and any(path.suffix in SUFFIXES for path in folder.iterdir()):
+        return None
+    return read_json(found or folder / CONFIGS[0])
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -122,7 +155,8 @@ def sha256(files: Sequence[Path]) -> str:
 def read_weights(files: Iterable[Path]) -> dict[str, Tensor]:
     """Read every tensor of the files into memory of its own, in the file's dtype, on the CPU.
 
-    Source: ours. safetensors are otherwise mapped: a later change of the file would change the model.
+    Source: ours. safetensors are otherwise mapped: a later change of the file would change the model. A pickle
+    that holds nothing but {"model": state dict} is that state dict.
 
     Raises:
         ValueError: a file is truncated or damaged, is a pickle of more than tensors (it is not run), holds a
@@ -137,7 +171,7 @@ def read_weights(files: Iterable[Path]) -> dict[str, Tensor]:
     """
     weights: dict[str, Tensor] = {}
     for path in files:
-        stored = _read_safetensors(path) if path.suffix == ".safetensors" else _read_bin(path)
+        stored = _read_safetensors(path) if path.suffix == ".safetensors" else _unwrapped(_read_bin(path))
         twice = sorted(weights.keys() & stored.keys())
         if twice:
             raise ValueError(f"{path} holds tensors that another weight file holds too: {', '.join(twice)}.")
@@ -146,9 +180,18 @@ def read_weights(files: Iterable[Path]) -> dict[str, Tensor]:
     return weights
 
 
+def _unwrapped(content: dict[str, Any]) -> dict[str, Any]:
+    """The state dict of a file that holds nothing but {"model": state dict}."""
+    inner = content.get("model")
+    return dict(inner) if len(content) == 1 and isinstance(inner, dict) else content
+
+
 def _own(name: str, tensor: Any, path: Path) -> Tensor:
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{path}: {name!r} must be a tensor, got {type(tensor).__name__}: a state dict is needed.")
+        raise ValueError(
+            f"{path}: {name!r} must be a tensor, got {type(tensor).__name__}: a state dict is needed (of a training "
+            "state, save the model's alone)."
+        )
     if tensor.layout != torch.strided or tensor.dtype not in _FLOATING:
         expected = ", ".join(str(dtype) for dtype in _FLOATING)
         raise ValueError(f"{path}: {name} must be dense and one of {expected}; got {tensor.layout} {tensor.dtype}.")

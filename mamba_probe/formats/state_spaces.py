@@ -7,18 +7,21 @@
 | lm_head.weight, a copy of the embedding when `tie_embeddings` | lm_head.weight, shared when tied |
 
 Fields and their defaults are those of mamba_ssm (`models/config_mamba.py`, `modules/mamba_simple.py`,
-`modules/mamba2.py`, https://github.com/state-spaces/mamba). The vocabulary is padded up to a multiple of
-`pad_vocab_size_multiple`, as there. The original holds no special token ids: pad, bos and eos stay None.
+`modules/mamba2.py`, https://github.com/state-spaces/mamba). Refused by name, since no class of transformers has them:
+`D_has_hdim`, `norm_before_gate`, `rmsnorm=False`, a `d_ssm` below expand * d_model, and `rms_norm=False`. The
+vocabulary is padded up to a multiple of `pad_vocab_size_multiple`, as there. The original holds no special token ids:
+pad, bos and eos stay None.
 """
 
 from collections.abc import Collection, Mapping
-from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor
 
-from mamba_probe.formats import hf
+from mamba_probe.formats import hf, state_spaces_hybrid
 from mamba_probe.formats.build import configure, language_model
+from mamba_probe.formats.fields import refuse_unknown, refuse_values, rename, whole
+from mamba_probe.formats.pretrained import Pretrained
 from mamba_probe.formats.recipe import Recipe
 
 __all__ = ["NAME", "convert", "matches", "translate"]
@@ -33,8 +36,11 @@ _TOP = {
     "tie_embeddings": "tie_word_embeddings",
 }
 _TOP_DEFAULT = {"residual_in_fp32": True, "tie_embeddings": True}
-_TOP_ONLY = {"d_intermediate": (0,), "attn_layer_idx": ([], None), "rms_norm": (True,)}
-_TOP_OTHER = ("vocab_size", "pad_vocab_size_multiple", "ssm_cfg", "attn_cfg", "fused_add_norm")
+_TOP_ONLY = {"rms_norm": (True,)}
+_TOP_OTHER = (
+    *("vocab_size", "pad_vocab_size_multiple", "ssm_cfg", "fused_add_norm"),
+    *("d_intermediate", "attn_layer_idx", "attn_cfg"),
+)
 
 _COMMON = {
     "d_state": "state_size",
@@ -101,20 +107,20 @@ def translate(config: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any
     if not isinstance(ssm, Mapping):
         raise ValueError(f"{where}: config.json: ssm_cfg must be a dictionary, got {ssm!r}.")
     family = _family(ssm.get("layer", "Mamba1"), where)
-    _refuse_unknown("", config, (*_TOP, *_TOP_ONLY, *_TOP_OTHER), where)
-    _refuse_values("", config, _TOP_ONLY, where)
-    _refuse_unknown("ssm_cfg.", ssm, (*_SSM[family], *_SSM_ONLY[family], *_SSM_OTHER[family]), where)
-    _refuse_values("ssm_cfg.", ssm, _SSM_ONLY[family], where)
-    fields = _rename(config, _TOP, _TOP_DEFAULT) | _rename(ssm, _SSM[family], _SSM_DEFAULT[family])
+    refuse_unknown(config, (*_TOP, *_TOP_ONLY, *_TOP_OTHER), where)
+    refuse_values(config, _TOP_ONLY, where)
+    refuse_unknown(ssm, (*_SSM[family], *_SSM_ONLY[family], *_SSM_OTHER[family]), where, "ssm_cfg.")
+    refuse_values(ssm, _SSM_ONLY[family], where, "ssm_cfg.")
+    fields = rename(config, _TOP, _TOP_DEFAULT) | rename(ssm, _SSM[family], _SSM_DEFAULT[family])
     fields |= {"vocab_size": _padded_vocabulary(config, where), "layer_norm_epsilon": 1e-5, "hidden_act": "silu"}
     fields |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     return family, fields | (_heads(fields, ssm, where) if family == "mamba2" else {})
 
 
-def convert(config: Mapping[str, Any], weights: dict[str, Tensor], where: str) -> Recipe:
-    """Recipe of transformers' language model for an original checkpoint.
+def convert(config: Mapping[str, Any], weights: dict[str, Tensor], where: str) -> Recipe | Pretrained:
+    """Recipe of transformers' language model for an original checkpoint; a hybrid is one of Bamba.
 
-    Source: ours; the tables are at the module's head.
+    Source: ours; the tables are at the module's head and that of `state_spaces_hybrid`.
 
     Raises:
         ValueError: see `translate`; or the head is tied and differs from the embedding.
@@ -125,6 +131,8 @@ def convert(config: Mapping[str, Any], weights: dict[str, Tensor], where: str) -
         'MambaForCausalLM'
     """
     family, fields = translate(config, where)
+    if state_spaces_hybrid.is_hybrid(config):
+        return state_spaces_hybrid.convert(config, fields, family, weights, where)
     return language_model(configure(family, fields, where), hf.rename(weights, where), where)
 
 
@@ -136,33 +144,9 @@ def _family(layer: Any, where: str) -> str:
     return _LAYERS[layer]
 
 
-def _refuse_unknown(prefix: str, given: Mapping[str, Any], known: Collection[str], where: str) -> None:
-    for name in given:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known are {sorted(known)}."
-            raise ValueError(f"{where}: config.json: {prefix}{name} is unknown{hint}")
-
-
-def _refuse_values(prefix: str, given: Mapping[str, Any], only: Mapping[str, tuple], where: str) -> None:
-    for name, allowed in only.items():
-        if name in given and given[name] not in allowed:
-            raise ValueError(
-                f"{where}: config.json: {prefix}{name}={given[name]!r} is not supported, only {allowed[0]!r} is: "
-                "transformers' class cannot represent it."
-            )
-
-
-def _rename(given: Mapping[str, Any], table: Mapping[str, str], default: Mapping[str, Any]) -> dict[str, Any]:
-    filled = {**default, **given}
-    return {target: filled[name] for name, target in table.items() if name in filled}
-
-
 def _padded_vocabulary(config: Mapping[str, Any], where: str) -> int:
-    size, multiple = config["vocab_size"], config.get("pad_vocab_size_multiple", 8)
-    for name, value in (("vocab_size", size), ("pad_vocab_size_multiple", multiple)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{where}: config.json: {name} must be a whole number >= 1, got {value!r}.")
+    size = whole("vocab_size", config["vocab_size"], where)
+    multiple = whole("pad_vocab_size_multiple", config.get("pad_vocab_size_multiple", 8), where)
     return -(-size // multiple) * multiple
 
 

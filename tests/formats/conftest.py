@@ -1,9 +1,14 @@
+import inspect
 import json
+import warnings
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
+from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
+
+from mamba_probe.formats.releases import KnownErrorWarning
 
 SIZES = {"vocab_size": 24, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
 MODELS = {
@@ -59,6 +64,18 @@ ORIGINAL = {
 }
 
 
+NORMS_BY_GROUP = "group_size" in inspect.signature(MambaRMSNormGated).parameters  # transformers 5.23 and newer
+
+
+@pytest.fixture(autouse=True)
+def _older_releases_are_known_to_be_wrong():
+    """There every model with two groups warns of it; test_releases.py tests that."""
+    with warnings.catch_warnings():
+        if not NORMS_BY_GROUP:
+            warnings.simplefilter("ignore", KnownErrorWarning)
+        yield
+
+
 @pytest.fixture(params=["mamba", "mamba2"])
 def family(request):
     return request.param
@@ -70,5 +87,6 @@ def kit():
     from types import SimpleNamespace
 
     return SimpleNamespace(
-        tiny=tiny, perturb=perturb, logits=logits, original_weights=original_weights, write=write, ORIGINAL=ORIGINAL
-    )
+        tiny=tiny, perturb=perturb, logits=logits, original_weights=original_weights, write=write, ORIGINAL=ORIGINAL,
+        NORMS_BY_GROUP=NORMS_BY_GROUP,
+    )  # fmt: skip

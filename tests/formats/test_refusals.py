@@ -65,6 +65,13 @@ def test_directory_without_config(tmp_path):
         load(tmp_path)
 
 
+def test_an_adapter_alone(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"holds a LoRA adapter alone .*attach to that; or merge"):
+        load(tmp_path)
+
+
 def test_directory_without_weights(kit, saved):
     folder = kit.write(*saved)
     (folder / "pytorch_model.bin").unlink()
@@ -131,8 +138,10 @@ def test_a_pickle_that_would_run_code_is_refused_and_never_run(kit, saved, form,
 
 def test_bin_that_is_no_state_dict(kit, saved):
     folder, config, weights = saved
-    with pytest.raises(ValueError, match=r"'model' must be a tensor, got dict: a state dict is needed"):
-        load(kit.write(folder, config, {"model": weights}))
+    with pytest.raises(ValueError, match=r"'model' must be a tensor, got dict: a state dict is needed .*model's alone"):
+        load(kit.write(folder, config, {"model": weights, "epoch": torch.ones(1)}))
+    with pytest.raises(ValueError, match=r"'D' must be a tensor, got list"):
+        load(kit.write(folder, config, {"model": {"D": [1.0]}}))
     with pytest.raises(ValueError, match=r"must hold a dictionary of tensors, got list"):
         load(kit.write(folder, config, list(weights.values())))
     with pytest.raises(ValueError, match=r"D must be dense and one of torch.float16.*torch.int8"):
@@ -183,27 +192,20 @@ def test_a_cast_that_overflows(kit, saved):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["falcon_mamba", "jamba", "zamba", "zamba2", "bamba", "granitemoehybrid", "nemotron_h", "falcon_h1"],
-)
-def test_families_of_later(kit, name, tmp_path):
-    with pytest.raises(
-        ValueError, match=rf"model_type '{name}' is not supported yet; supported are model_type 'mamba'"
-    ):
-        load(kit.write(tmp_path, {"model_type": name}, {}))
-
-
-@pytest.mark.parametrize(
     ("config", "message"),
     [
         ({"model_type": "mamba3"}, r"model_type 'mamba3' \(Mamba-3\) has another recurrence"),
         ({"model_type": "gpt2"}, r"model_type 'gpt2' is not known to have a Mamba SSM layer; supported are"),
+        ({"model_type": "zamba3"}, r"did you mean 'zamba2?'"),
+        ({"model_type": "recurrent_gemma"}, r"'recurrent_gemma' is not known to have a Mamba SSM layer"),
         ({"model_type": "mambo"}, r"did you mean 'mamba'\?"),
         ({"model_type": "own", "auto_map": {}}, r"'own' \(its code, named by `auto_map`, is never run\)"),
+        ({"model_type": "jamba", "quantization_config": {"quant_method": "gptq"}}, r"the weights are quantised"),
         ({"d_model": 3}, r"neither `model_type` \(transformers\) nor `d_model`, `n_layer` and `vocab_size`"),
     ],
 )
 def test_other_models(kit, config, message, tmp_path):
+    """Said from the config, whatever the weights are."""
     with pytest.raises(ValueError, match=message):
         load(kit.write(tmp_path, config, {}))
 

@@ -1,0 +1,97 @@
+"""Fields of foreign configs: known or unknown, representable or not, renamed to transformers' names."""
+
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+__all__ = ["refuse_unknown", "refuse_values", "rename", "whole"]
+
+
+def refuse_unknown(given: Mapping[str, Any], known: Collection[str], where: str, prefix: str = "") -> None:
+    """Refuse a field that the format does not have.
+
+    Source: ours.
+
+    Args:
+        given: the config.
+        known: names of all its fields.
+        where: the checkpoint's place, for error messages.
+        prefix: what stands before the names in messages, e.g. "ssm_cfg.".
+
+    Raises:
+        ValueError: a field is unknown; the nearest is named.
+
+    Example:
+        >>> refuse_unknown({"d_staet": 4}, ["d_state"], "here")
+        Traceback (most recent call last):
+        ...
+        ValueError: here: config.json: d_staet is unknown; did you mean d_state?
+    """
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known are {sorted(known)}."
+            raise ValueError(f"{where}: config.json: {prefix}{name} is unknown{hint}")
+
+
+def refuse_values(
+    given: Mapping[str, Any],
+    only: Mapping[str, tuple],
+    where: str,
+    prefix: str = "",
+    why: str = "transformers' class cannot represent it",
+) -> None:
+    """Refuse a field whose value no class that is built here can represent.
+
+    Source: ours.
+
+    Args:
+        given: the config.
+        only: field -> the values that can be represented.
+        where, prefix: as in `refuse_unknown`.
+        why: the reason, for the message.
+
+    Raises:
+        ValueError: a field has another value.
+
+    Example:
+        >>> refuse_values({"mup": True}, {"mup": (False,)}, "here", why="no class has it")
+        Traceback (most recent call last):
+        ...
+        ValueError: here: config.json: mup=True is not supported, only False is: no class has it.
+    """
+    for name, allowed in only.items():
+        if name in given and given[name] not in allowed:
+            raise ValueError(
+                f"{where}: config.json: {prefix}{name}={given[name]!r} is not supported, only {allowed[0]!r} is: {why}."
+            )
+
+
+def rename(given: Mapping[str, Any], table: Mapping[str, str], default: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `table` under their new names, the format's own defaults where they are absent.
+
+    Source: ours.
+
+    Example:
+        >>> rename({"d_model": 8}, {"d_model": "hidden_size", "expand": "expand"}, {"expand": 2})
+        {'hidden_size': 8, 'expand': 2}
+    """
+    filled = {**default, **given}
+    return {target: filled[name] for name, target in table.items() if name in filled}
+
+
+def whole(name: str, value: Any, where: str) -> int:
+    """A whole number >= 1.
+
+    Source: ours.
+
+    Raises:
+        ValueError: `value` is none.
+
+    Example:
+        >>> whole("d_model", 8, "here")
+        8
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{where}: config.json: {name} must be a whole number >= 1, got {value!r}.")
+    return value

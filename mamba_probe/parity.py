@@ -1,6 +1,6 @@
 """Parity: the probe against the untouched model and against a float64 oracle, layer by layer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,10 +12,15 @@ from mamba_probe import provenance
 from mamba_probe.inputs import ModelInput
 from mamba_probe.kernels.emission import Emit
 from mamba_probe.mixers import Call, Listener, MixerAdapter
+from mamba_probe.mixers.offload import held
 
-__all__ = ["error", "measure_parity"]
+__all__ = ["BOUNDS", "error", "measure_parity", "parting"]
 
 MEANING = "max|a - b| / max|b| over valid tokens, on the layer's own input"
+
+BOUNDS = {torch.float64: 2e-6, torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 3e-3}
+"""What rounding alone may make of a mixer's output, by the dtype of its weights; transformers rounds A and delta's bias
+to float32 in a float64 model too (ours)."""
 
 
 def error(a: Tensor, b: Tensor, valid: Tensor | None = None) -> float:
@@ -79,7 +84,35 @@ def measure_parity(
         mask = keywords.get("attention_mask")
         data["logits_vs_native"] = ((), error(probed.logits, native.logits, None if mask is None else mask.bool()))
     over = f"{MEANING}; {given.batch} row(s) of up to {given.length} tokens"
-    return xr.Dataset(data, {"layer": layers}, provenance.of_model(model, "parity") | {"error": over})
+    bound = BOUNDS[next(adapters[0].mixer.parameters()).dtype]
+    said = {"error": over, "bound": bound, "parting": parting(rows, bound)}
+    return xr.Dataset(data, {"layer": layers}, provenance.of_model(model, "parity") | said)
+
+
+def parting(rows: Mapping[int, Mapping[str, float]], bound: float) -> str:
+    """Say in which layers and quantities probe, library and float64 oracle are further apart than `bound`.
+
+    Arguments:
+        rows: errors by layer, by the names of the parity's variables.
+        bound: the largest error that says nothing.
+
+    >>> parting({3: {"out_vs_native": 0.1, "out_vs_oracle": 1e-7, "native_vs_oracle": 0.1, "delta": 1e-8}}, 2e-6)
+    'layer 3: out of the library is 0.1 from the float64 oracle, out of the probe 1e-07: the library is wrong here'
+    >>> parting({3: {"out_vs_native": 1e-7, "out_vs_oracle": 1e-7, "native_vs_oracle": 1e-7, "delta": 1e-8}}, 2e-6)
+    'nowhere: every error is at most 2e-06'
+    """
+    found = []
+    for layer, row in rows.items():
+        ours, theirs = row["out_vs_oracle"], row["native_vs_oracle"]
+        if max(ours, theirs) > bound:
+            blame = "the library is wrong" if ours <= bound else "the probe is wrong" if theirs <= bound else "both are"
+            apart = f"out of the library is {theirs:.2g} from the float64 oracle, out of the probe {ours:.2g}"
+            found.append(f"layer {layer}: {apart}: {blame} here")
+        elif row["out_vs_native"] > bound:
+            found.append(f"layer {layer}: out of the probe is {row['out_vs_native']:.2g} from the library's")
+        inner = [name for name in ("delta", "B", "C") if row.get(name, 0.0) > bound]
+        found += [f"layer {layer}: {name} of the probe is {row[name]:.2g} from the float64 oracle" for name in inner]
+    return "; ".join(found) or f"nowhere: every error is at most {bound:g}"
 
 
 def _compare(adapter: MixerAdapter, emitted: _Emitted, rows: dict[int, dict[str, float]]) -> Callable[..., None]:
@@ -88,8 +121,10 @@ def _compare(adapter: MixerAdapter, emitted: _Emitted, rows: dict[int, dict[str,
         mask = kwargs.get("attention_mask")
         valid = None if mask is None else mask.bool()
         executed = emitted.calls.pop(adapter.layer).tensors
-        native = type(adapter.mixer).forward(adapter.mixer, hidden, attention_mask=mask)
-        oracle = adapter.oracle(hidden, valid)
+        with held(adapter.mixer):
+            native = type(adapter.mixer).forward(adapter.mixer, hidden, attention_mask=mask)
+        with held(adapter.mixer):
+            oracle = adapter.oracle(hidden, valid)
         rows[adapter.layer] = {
             "out_vs_native": error(out, native, valid),
             "out_vs_oracle": error(out, oracle["out"], valid),

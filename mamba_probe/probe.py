@@ -21,6 +21,7 @@ from mamba_probe.jacobian import measure_jacobian
 from mamba_probe.keeping import KEEPS
 from mamba_probe.listening import kept, listen, listening
 from mamba_probe.mixers import Tap, find_mixers
+from mamba_probe.mixers.offload import place
 from mamba_probe.parity import measure_parity
 from mamba_probe.planning import checked_plan, grouped
 from mamba_probe.recorder import Plan, Recorder
@@ -84,7 +85,7 @@ class Probe(AbstractContextManager["Probe"]):
         self._parity_error: float | str = "not measured"
         self._adapters = find_mixers(model)
         check_free_to_attach(self._adapters)
-        device = next(self._adapters[0].mixer.parameters()).device
+        device = place(self._adapters[0].mixer)
         self.backend, self.backend_reason = chosen_backend(device, backend, self._adapters)
         self._taps = {adapter.layer: Tap(adapter.layer, self.backend) for adapter in self._adapters}
         if len(self._taps) != len(self._adapters):
@@ -404,7 +405,8 @@ class Probe(AbstractContextManager["Probe"]):
 
         Returns:
             Over `layer`: out_vs_native, out_vs_oracle, native_vs_oracle, delta, B, C (against the oracle); and the
-            scalar logits_vs_native where the model gives logits. Each is max|a - b| / max|b| over valid tokens.
+            scalar logits_vs_native where the model gives logits. Each is max|a - b| / max|b| over valid tokens. The
+            attribute `parting` says in words in which layers and quantities they part by more than rounding.
 
         Raises:
             ValueError: wrong input, or edits are active (the probe would rightly differ).

@@ -40,6 +40,7 @@ def write_report(
     page = environment.from_string(TEMPLATE.read_text()).render(
         model=run.trace.attrs["model"], subject=_subject(run.trace), sections=sections, beside=_beside(run),
         provenance=_provenance(run), parity=_parity(run), parity_error=run.parity.attrs["error"],
+        parity_parting=run.parity.attrs["parting"],
     )  # fmt: skip
     path = directory / "report.html"
     partial = path.with_suffix(".partial")

@@ -1,13 +1,14 @@
-# Everything lives in .venv; constraints.txt locks every version.
+# Everything lives in .venv; constraints.txt locks every version, constraints-oldest.txt those of the oldest transformers.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+OLDEST := .venv/oldest
 
-.PHONY: help demo test test-long lint bench clean
+.PHONY: help demo test test-long test-oldest lint bench clean
 help:
 	@echo "make demo       record, analyse and draw a trained checkpoint beside its closed form; see report/report.html"
 	@echo "make test       the test suite"
-	@echo "make test-long  the full grids"
+	@echo "make test-long  the full grids, and those of mixers and formats on the oldest transformers too"
 	@echo "make lint       ruff and pyright"
 	@echo "make bench      the scan's backends against each other on this machine"
 
@@ -16,14 +17,22 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
 	@touch $@
 
+$(OLDEST)/.installed: constraints-oldest.txt $(INSTALLED)
+	rm -rf $(OLDEST)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(OLDEST) -r constraints-oldest.txt
+	@touch $@
+
 demo: $(INSTALLED)
 	$(BIN)/mamba-probe report zoo:trained-mqar-mamba1 --task mqar -o report --overwrite
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2
 
-test-long: $(INSTALLED)
+test-long: $(INSTALLED) test-oldest
 	$(BIN)/python -m pytest -n 2 -m "not gpu" -o timeout=3600
+
+test-oldest: $(OLDEST)/.installed
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 -m "not gpu" -o timeout=3600 tests/mixers tests/formats tests/probe
 
 lint: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lint]"

@@ -7,6 +7,7 @@ import torch
 from mamba_probe.hooks import Edit
 from mamba_probe.kernels.scan import BACKENDS, check_backend, choose_backend
 from mamba_probe.mixers import MixerAdapter
+from mamba_probe.mixers.offload import held, seat
 from mamba_probe.trace.contract import unknown_name
 
 __all__ = ["check_editable", "check_free_to_attach", "chosen_backend"]
@@ -45,14 +46,23 @@ def check_editable(edit: Edit, adapters: Sequence[MixerAdapter]) -> None:
 def check_free_to_attach(adapters: Sequence[MixerAdapter]) -> None:
     """Refuse mixers that are taken already, or whose weights are absent or not finite."""
     for adapter in adapters:
-        if "forward" in adapter.mixer.__dict__:
+        found = adapter.mixer.__dict__.get(seat(adapter.mixer))
+        if found is not None and getattr(found, "__func__", None) is not type(adapter.mixer).forward:
             ours = "a probe is attached. Detach it first: leave its `with` block, or mp.detach(model)."
-            other = "another tool (accelerate?) replaced it; load the model on one device."
+            other = "another tool replaced it; attach to the model as it was loaded."
             why = other if adapter.tap is None else ours
             raise ValueError(f"{adapter.name or 'the mixer'} already has a forward of its own: {why}")
-        for name, parameter in adapter.mixer.named_parameters():
-            if parameter.is_meta:
-                raise ValueError(f"layer {adapter.layer}: {name} is on the meta device (not loaded, or offloaded)")
-            if not torch.isfinite(parameter).all():
-                bad = int((~torch.isfinite(parameter)).sum())
-                raise ValueError(f"layer {adapter.layer}: weight {name} holds {bad} NaN or infinite values")
+        with held(adapter.mixer):
+            _check_weights(adapter)
+
+
+def _check_weights(adapter: MixerAdapter) -> None:
+    for name, parameter in adapter.mixer.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"layer {adapter.layer}: {name} is on the meta device, and no hook of accelerate on the mixer brings"
+                " it: load the weights, or offload with hooks on each module (no preload_module_classes)"
+            )
+        if not torch.isfinite(parameter).all():
+            bad = int((~torch.isfinite(parameter)).sum())
+            raise ValueError(f"layer {adapter.layer}: weight {name} holds {bad} NaN or infinite values")

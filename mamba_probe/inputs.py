@@ -11,6 +11,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
+from mamba_probe.mixers.offload import place
 from mamba_probe.tasks import Task
 
 __all__ = ["ModelInput", "checked_input"]
@@ -65,7 +66,7 @@ def checked_input(
     else:
         given = _from_array(inputs, attention_mask)
     _check(model, width, given)
-    device = next(model.parameters()).device
+    device = place(model)
     given.keywords = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.keywords.items()}
     if "use_cache" in inspect.signature(model.forward).parameters:
         given.keywords.setdefault("use_cache", False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mamba_probe.formats import files, placing, recognise, refuse_family
 from mamba_probe.formats.recipe import refuse_nonfinite
-from mamba_probe.formats.releases import warn_of_ungrouped_norms
+from mamba_probe.formats.releases import warn_of_known_errors
 
 __all__ = ["load", "load_tokenizer"]
 
@@ -85,7 +85,7 @@ def load(
     module: Any = form.convert(config or {}, weights, where).fill(where).to(place).eval()
     if device_map is not None:
         module = placing.dispatch(module, device_map)
-    warn_of_ungrouped_norms(module, where)
+    warn_of_known_errors(module, where)
     _take_over_settings(module, folder)
     module._mamba_probe_source = {"source": where, "format": form.NAME, "sha256": files.sha256(weight_files)}
     return module

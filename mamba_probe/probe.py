@@ -38,8 +38,8 @@ def attach(model: nn.Module, *, backend: str = "auto") -> "Probe":
     """Take over the scan of every mixer of `model`, this instance only.
 
     Args:
-        model: holds transformers' MambaMixer or Mamba2Mixer, or blocks of `mamba_probe.blocks`: a language model, its
-            backbone, or a bare mixer.
+        model: holds mixers of one of transformers' ten Mamba families, or blocks of `mamba_probe.blocks` (the table is
+            docs/supported.md): a language model, its backbone, or a bare mixer.
         backend: of our scan: "auto" (triton on a GPU, cpu elsewhere), "cpu", "naive" or "triton".
 
     Returns:

@@ -6,8 +6,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from mamba_probe.mixers.offload import held
 from mamba_probe.trace.schema import SCHEMA_VERSION
 
 __all__ = ["of_model", "versions"]
@@ -43,8 +44,18 @@ def of_model(model: nn.Module, kind: str = "trace") -> dict[str, Any]:
 
 def _hash(model: nn.Module) -> str:
     """sha256 of the parameters as they are now, by name: an edited or trained model has another one."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
+    digest, parameters = hashlib.sha256(), dict(model.named_parameters())
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for name, parameter in sorted(parameters.items()):
+        stored = _stored(model, name)
+        if tied.get(name) in parameters and torch.equal(stored, _stored(model, tied[name])):
+            continue  # one tensor under two names, as offloading parts them
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(stored.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _stored(model: nn.Module, name: str) -> Tensor:
+    """A parameter on the host, also one that is offloaded."""
+    with held(model.get_submodule(name.rpartition(".")[0]), recurse=False):
+        return model.get_parameter(name).detach().cpu().contiguous()

@@ -211,8 +211,8 @@ class Recorder:
         if call.continues and length > 1 and call.state_in is None:
             raise ValueError(
                 f"layer {call.layer}: this call continues a cached sequence by {length} tokens, and transformers drops"
-                " the cached state of a MambaMixer then (it starts from zero). Record the whole prompt in one call, or"
-                " continue it token by token."
+                " the cached state of a Mamba-1 mixer then (it starts from zero). Record the whole prompt in one call,"
+                " or continue it token by token."
             )
         if call.continues and not self._blocks:
             raise ValueError(

@@ -20,6 +20,7 @@ from torch import nn
 
 from mamba_probe import blocks, tasks
 from mamba_probe.hooks import ablate, freeze
+from mamba_probe.mixers.offload import place
 from mamba_probe.probe import Probe, attach
 from mamba_probe.tasks import Task
 from mamba_probe.trace.contract import unknown_name
@@ -212,8 +213,7 @@ def randomised_twin(model: nn.Module, seed: int = 0) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         twin = (blocks.build(own) if own else type(model)(copy.deepcopy(config))).eval()
-    first = next(model.parameters())
-    return twin.to(device=first.device, dtype=first.dtype)
+    return twin.to(device=place(model), dtype=next(model.parameters()).dtype)
 
 
 def _optional(path: Path) -> xr.Dataset | None:

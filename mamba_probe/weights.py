@@ -1,6 +1,6 @@
 """Static weights as data: what signatures need besides a trace, by our names."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from mamba_probe import provenance
 from mamba_probe.mixers import MixerAdapter
+from mamba_probe.mixers.base import Labelled
+from mamba_probe.mixers.offload import held
 
 __all__ = ["read_statics", "read_weights"]
 
@@ -18,7 +20,7 @@ FINAL_NORMS = ("norm_f", "final_layernorm", "norm")
 
 def read_statics(adapters: Sequence[MixerAdapter], names: Sequence[str]) -> dict[str, np.ndarray]:
     """Those of `names` that are constant, each stacked over the layers of `adapters`, which have equal sizes."""
-    each = [adapter.statics() for adapter in adapters]
+    each = [_of(adapter, adapter.statics) for adapter in adapters]
     return {name: np.stack([_host(layer[name][1]) for layer in each]) for name in each[0] if name in names}
 
 
@@ -35,7 +37,7 @@ def read_weights(
     if len({adapter.sizes for adapter in chosen}) > 1:
         listing = "; ".join(f"layers {list(numbers)}: {sizes}" for sizes, numbers in groups.items())
         raise ValueError(f"layers of different sizes cannot share one Dataset. Pass layers= of one group: {listing}")
-    each = [adapter.weights() for adapter in chosen]
+    each = [_of(adapter, adapter.weights) for adapter in chosen]
     data = {
         name: (("layer", *dims), np.stack([_host(layer[name][1]) for layer in each]))
         for name, (dims, _) in each[0].items()
@@ -58,14 +60,21 @@ def _readout(model: nn.Module) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
     found = {}
     if head is not None:
         config = getattr(model, "config", None)
-        rows = _host(head.weight)
+        with held(head):
+            rows = _host(head.weight)
         rows *= getattr(config, "lm_head_multiplier", 1.0) / getattr(config, "logits_scaling", 1.0)
         found["unembedding"] = (("vocab", "model"), rows)
     if norm is not None:
-        found["norm_f"] = (("model",), _host(norm.weight))
-        if getattr(norm, "bias", None) is not None:  # no RMS norm
-            found["norm_f_bias"] = (("model",), _host(norm.bias))
+        with held(norm):
+            found["norm_f"] = (("model",), _host(norm.weight))
+            if getattr(norm, "bias", None) is not None:  # no RMS norm
+                found["norm_f_bias"] = (("model",), _host(norm.bias))
     return found
+
+
+def _of(adapter: MixerAdapter, read: Callable[[], dict[str, Labelled]]) -> dict[str, Labelled]:
+    with held(adapter.mixer):
+        return read()
 
 
 def _host(tensor: Tensor) -> np.ndarray:

@@ -38,7 +38,7 @@ def refuse(device_map: str | Mapping[str, Any] | None, device: Any) -> None:
     if str(device) != "cpu":
         raise ValueError(f"give device_map or device, not both; got device={device!r}.")
     try:
-        import accelerate  # type: ignore[import-not-found]  # noqa: F401
+        import accelerate  # noqa: F401
     except ImportError as error:
         raise ValueError("device_map needs accelerate, which is not installed: pip install accelerate.") from error
 
@@ -55,10 +55,10 @@ def dispatch(module: nn.Module, device_map: str | Mapping[str, Any]) -> nn.Modul
     Raises:
         ValueError: the model does not fit in memory, or accelerate refuses the map.
     """
-    from accelerate import dispatch_model, infer_auto_device_map  # type: ignore[import-not-found]
-    from accelerate.utils import get_balanced_memory  # type: ignore[import-not-found]
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
 
-    whole = sorted(getattr(module, "_no_split_modules", None) or ())
+    whole: list[str] = sorted(getattr(module, "_no_split_modules", None) or ())
     if not isinstance(device_map, str):
         return dispatch_model(module, device_map=dict(device_map))
     memory = None

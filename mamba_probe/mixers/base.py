@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mamba_probe.hooks import ABLATABLE
 from mamba_probe.kernels.scan import BACKENDS
 from mamba_probe.mixers.linear import affine
+from mamba_probe.mixers.offload import seat
 from mamba_probe.mixers.takeover import innermost, rebind
 from mamba_probe.mixers.tap import Call, Tap
 
@@ -101,17 +102,22 @@ class MixerAdapter(ABC):
         forward = type(self.mixer).forward
         assert isinstance(forward, FunctionType)
         bound = rebind(forward, self.replacements(tap, innermost(forward).__globals__))
-        self.mixer.forward = MethodType(_tapped(bound, tap, signature(forward), id(self.mixer)), self.mixer)
+        tapped = _tapped(bound, tap, signature(forward), id(self.mixer))
+        setattr(self.mixer, seat(self.mixer), MethodType(tapped, self.mixer))
 
     @property
     def tap(self) -> Tap | None:
         """The tap that stands in the mixer, of whichever probe."""
-        return getattr(self.mixer.__dict__.get("forward"), "tap", None)
+        return getattr(self.mixer.__dict__.get(seat(self.mixer)), "tap", None)
 
     def release(self) -> None:
         """Restore the library's own forward; a mixer that is not taken stays as it is."""
-        if self.tap is not None:
+        if self.tap is None:
+            return
+        if seat(self.mixer) == "forward":
             del self.mixer.forward
+        else:
+            self.mixer._old_forward = MethodType(type(self.mixer).forward, self.mixer)
 
 
 def _tapped(forward: FunctionType, tap: Tap, takes: Signature, owner: int) -> Callable[..., Tensor]:
@@ -128,7 +134,8 @@ def _tapped(forward: FunctionType, tap: Tap, takes: Signature, owner: int) -> Ca
         try:
             out = forward(self, *args, **kwargs)
             if tap.listener is not None:
-                tap.call.tensors |= {"u": given["hidden_states"], "out": out}
+                hidden = given["hidden_states"]
+                tap.call.tensors |= {"u": hidden, "out": _by_token(out, hidden, tap.layer)}
                 tap.listener.receive(tap.call)
             return out
         finally:
@@ -136,6 +143,19 @@ def _tapped(forward: FunctionType, tap: Tap, takes: Signature, owner: int) -> Ca
 
     probed_forward.tap = tap  # type: ignore[attr-defined]
     return probed_forward
+
+
+def _by_token(out: Tensor, hidden: Tensor, layer: int) -> Tensor:
+    """`out` as (batch, token, model), also where a release drops the token axis of a single token."""
+    if out.shape == hidden.shape:
+        return out
+    if len(hidden) > 1 or out.shape != hidden[:, 0].shape:
+        raise ValueError(
+            f"layer {layer}: the library's mixer made {tuple(out.shape)} of {tuple(hidden.shape)}, which mixes the rows"
+            " from here on: Falcon-H1 with a norm does so at single tokens in transformers up to 5.22. Record one row"
+            " at a time, or install 5.23."
+        )
+    return out[:, None]
 
 
 def masked(hidden: Tensor, valid: Tensor | None) -> Tensor:

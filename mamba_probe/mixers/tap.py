@@ -11,6 +11,7 @@ from torch import Tensor
 from mamba_probe.hooks import Edit
 from mamba_probe.kernels.emission import Emission, Emit
 from mamba_probe.kernels.scan import ScanResult, selective_scan
+from mamba_probe.mixers.offload import refuse_absent
 
 __all__ = ["OPEN_GATE", "Call", "Listener", "Tap"]
 
@@ -79,6 +80,7 @@ class Tap:
         discretization: str = "euler", **_backend: Any,
     ) -> ScanResult:  # fmt: skip
         """Our scan in place of the mixer's, edited and recorded: `selective_scan` but for its backend, the tap's."""
+        refuse_absent(self.layer, "scan", (x, delta, A, B, C, D, z, delta_bias))
         if self.touches("delta"):
             delta = self.edited("delta", _step_size(delta, delta_bias, delta_softplus, delta_limits))
             delta_bias, delta_softplus, delta_limits = None, False, NO_LIMITS
@@ -118,6 +120,7 @@ class Tap:
         """The library's convolution, or, when ablated, the identity before its activation."""
 
         def convolution(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            refuse_absent(self.layer, "convolution", (hidden, *args, *kwargs.values()))
             out = original(hidden, *args, **kwargs)  # always: it updates the cached window
             if not self.touches("conv"):
                 return out

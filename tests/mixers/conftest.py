@@ -1,6 +1,10 @@
 """An independent float64 reference: numpy, from the equations, sharing no code with the package or transformers."""
 
+import sys
 from collections.abc import Callable
+from functools import partial
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,10 +73,16 @@ def mamba2(mixer: Any, w: Arrays, u: np.ndarray, mask: np.ndarray) -> Arrays:
     B, C = (t.reshape(*t.shape[:2], g, n) for t in (B, C))
     per_head = [np.repeat(t, heads // g, axis=2) for t in (B, C)]
     made = recur(x, delta, -np.exp(w["A_log"])[:, None], *per_head, w["D"])
-    gated = (made["y"].reshape(z.shape) * silu(z)).reshape(*z.shape[:2], g, -1)
+    grouping = 1 if norms_as_one(mixer) else g
+    gated = (made["y"].reshape(z.shape) * silu(z)).reshape(*z.shape[:2], grouping, -1)
     normed = gated / np.sqrt((gated**2).mean(-1, keepdims=True) + mixer.layer_norm_epsilon)
     out = (normed.reshape(z.shape) * w["norm.weight"]) @ w["out_proj.weight"].T
     return {"delta": delta, "B": B, "C": C, "x": x, "z": z4, "out": out, "y": made["y"], "h": made["h"]}
+
+
+def norms_as_one(mixer: Any) -> bool:
+    """Whether this release is known to be wrong about the norm of a mixer: up to 5.22 it takes all groups as one."""
+    return getattr(mixer, "n_groups", 1) > 1 and "group_size" not in vars(mixer.norm)
 
 
 def reference_mixer(mixer: nn.Module, u: np.ndarray, mask: np.ndarray | None) -> Arrays:
@@ -100,5 +110,27 @@ def float64_mixer() -> Callable[..., Arrays]:
 
 
 @pytest.fixture
+def known_wrong() -> Callable[[Any], bool]:
+    return lambda model: norms_as_one(model.backbone.layers[0].mixer)
+
+
+@pytest.fixture
 def float64_logits() -> Callable[..., np.ndarray]:
     return reference_logits
+
+
+def _load(name: str, path: str) -> Any:
+    spec = spec_from_file_location(name, Path(__file__).parent / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def every_family() -> dict[str, Callable[..., Any]]:
+    """A builder of a tiny language model of each of transformers' ten mixer classes."""
+    second = _load("mamba2_families", "mamba2_families.py")
+    own = {kind: partial(second.build, kind) for kind in ("bamba", "zamba2", "granite", "nemotron_h", "falcon_h1")}
+    return _load("tiny", "../conftest.py").BUILDERS | _load("mamba1_families", "mamba1_families.py").BUILDERS | own

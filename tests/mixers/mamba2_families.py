@@ -5,6 +5,7 @@ with transformers' mixers.
 """
 
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,14 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
+from transformers.models.bamba.modeling_bamba import BambaRMSNormGated
+from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1RMSNormGated
 
 Arrays = dict[str, np.ndarray]
 
 CHUNK, TAPS = 16, 4
+BY_GROUP = "group_size" in inspect.signature(BambaRMSNormGated).parameters
+"""Whether this release norms each group of Bamba and Granite by itself: 5.23 does, older ones take all as one."""
 KINDS = ("bamba", "zamba2", "granite", "nemotron_h", "falcon_h1", "falcon_h1 norm first", "falcon_h1 no norm")
 LAYERS = {"bamba": [0, 2, 3], "zamba2": [0, 1, 2, 3], "granite": [0, 2], "nemotron_h": [1, 4]}
 """The model's own numbers of its Mamba-2 layers; Falcon-H1 has one in each of two."""
@@ -33,6 +38,17 @@ def build(kind: str, groups: int = 2, bias: bool = True, seed: int = 0) -> Any:
     made = {"bamba": bamba, "zamba2": zamba2, "granite": granite, "nemotron_h": nemotron_h}
     model = falcon_h1(groups, bias, variant) if family == "falcon_h1" else made[family](groups, bias)
     return perturbed(model, seed)
+
+
+def norms_as_one(kind: str, groups: int = 2) -> bool:
+    """Whether this release is known to be wrong about the norm of such a model."""
+    return not BY_GROUP and groups > 1 and kind in ("bamba", "granite")
+
+
+def mixes_single_tokens(kind: str) -> bool:
+    """Whether this release is known to drop the token axis of one token, so that rows mix: Falcon-H1 up to 5.22."""
+    norm = FalconH1RMSNormGated(4)
+    return kind in ("falcon_h1", "falcon_h1 norm first") and norm(torch.ones(1, 1, 4)).ndim < 3
 
 
 def perturbed(model: nn.Module, seed: int) -> nn.Module:
@@ -95,6 +111,7 @@ class Spec:
     limits: tuple[float, float]
     epsilon: float
     norm: str = "gate first"
+    norm_groups: int = 1
     rows: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0)
     """Multipliers of z, x, B, C and dt."""
     scale: float = 1.0
@@ -105,17 +122,17 @@ def spec_of(config: Any) -> Spec:
     endless = float("inf")
     if config.model_type == "zamba2":
         sizes = (config.n_mamba_heads, config.mamba_headdim, config.mamba_ngroups, config.mamba_d_state)
-        return Spec(*sizes, (config.time_step_min, endless), 1e-5)
+        return Spec(*sizes, (config.time_step_min, endless), 1e-5, norm_groups=sizes[2])
     if config.model_type == "nemotron_h":
         sizes = (config.mamba_num_heads, config.mamba_head_dim, config.n_groups, config.ssm_state_size)
-        return Spec(*sizes, (config.time_step_min, endless), config.layer_norm_epsilon)
+        return Spec(*sizes, (config.time_step_min, endless), config.layer_norm_epsilon, norm_groups=sizes[2])
     sizes = (config.mamba_n_heads, config.mamba_d_head, config.mamba_n_groups, config.mamba_d_state)
     own = (config.time_step_limit, config.rms_norm_eps)
     if config.model_type != "falcon_h1":
-        return Spec(*sizes, *own)
+        return Spec(*sizes, *own, norm_groups=sizes[2] if BY_GROUP else 1)
     norm = "gate first" if not config.mamba_norm_before_gate else "norm first"
     norm = norm if config.mamba_rms_norm else "no norm"
-    return Spec(*sizes, *own, norm, tuple(config.ssm_multipliers), config.ssm_in_multiplier)
+    return Spec(*sizes, *own, norm, sizes[2], tuple(config.ssm_multipliers), config.ssm_in_multiplier)
 
 
 def silu(a: np.ndarray) -> np.ndarray:
@@ -174,7 +191,7 @@ def gated(spec: Spec, y: np.ndarray, gate: np.ndarray, w: Arrays) -> np.ndarray:
     flat = (*y.shape[:2], -1)
     if spec.norm == "no norm":
         return (y * gate).reshape(flat)
-    made = (y if spec.norm == "norm first" else y * gate).reshape(*y.shape[:2], spec.groups, -1)
+    made = (y if spec.norm == "norm first" else y * gate).reshape(*y.shape[:2], spec.norm_groups, -1)
     made = (made / np.sqrt((made**2).mean(-1, keepdims=True) + spec.epsilon)).reshape(flat) * w["norm.weight"]
     return made * gate.reshape(flat) if spec.norm == "norm first" else made
 

@@ -62,6 +62,17 @@ def run(model, ids, mask=None):
         return model(ids, attention_mask=mask).logits.numpy()
 
 
+def decodable(kind, ids, mask=None):
+    """All rows, or the last alone where this release mixes those of single tokens."""
+    kept = slice(-1, None) if families.mixes_single_tokens(kind) else slice(None)
+    return ids[kept], None if mask is None else mask[kept]
+
+
+def rightly_normed(kind):
+    """Two groups, or one where this release norms two as one."""
+    return families.build(kind, 1 if families.norms_as_one(kind) else 2)
+
+
 def references(model, trace, valid, **options):
     """The float64 reference of each layer, on what the trace says that its mixer took."""
     spec = families.spec_of(model.config)
@@ -79,6 +90,7 @@ def kind(request):
 def test_recordings_outputs_and_logits(kind, groups, length, padded):
     model = families.build(kind, groups)
     ids, mask = prompt(length, padded)
+    ids, mask = decodable(kind, ids, mask) if length == 1 else (ids, mask)
     valid, native = validity(ids, mask), run(model, ids, mask)
     with mp.attach(model) as probe:
         trace, parity = probe.record(ids, mask, variables=VARIABLES), probe.parity(ids, mask)
@@ -86,8 +98,9 @@ def test_recordings_outputs_and_logits(kind, groups, length, padded):
     for layer, made in references(model, trace, valid):
         for name, exact in made.items():
             assert error(trace[name].sel(layer=layer), exact, valid) <= 2e-6, (layer, name)
+    wrong = ("out_vs_oracle", "native_vs_oracle") if families.norms_as_one(kind, groups) else ()
     for name in ("out_vs_native", "out_vs_oracle", "native_vs_oracle", "delta", "B", "C"):
-        assert float(parity[name].max()) <= 2e-6, name
+        assert (parity[name] > 1e-3).all() if name in wrong else (parity[name] <= 2e-6).all(), name
     exact = families.logits_in_float64(model, ids, mask)
     assert error(probed, native, valid) <= max(2e-6, 2 * error(native, exact, valid))
     assert (run(model, ids, mask) == native).all(), "detach restores the very bits"
@@ -102,7 +115,7 @@ def test_layers_have_the_models_own_numbers_and_others_are_left_alone(kind):
 
 
 def test_generate_gives_the_same_tokens_and_decoding_never_clamps_delta(kind):
-    model, (ids, mask) = families.build(kind), prompt(9, padded=True)
+    model, (ids, mask) = families.build(kind), decodable(kind, *prompt(9, padded=True))
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "attention_mask": mask}
     expected = model.generate(ids, **options)
     with mp.attach(model) as probe, probe.recording(variables=VARIABLES) as recorder:
@@ -110,7 +123,7 @@ def test_generate_gives_the_same_tokens_and_decoding_never_clamps_delta(kind):
     assert (produced == expected).all()
     trace = recorder.dataset
     valid = trace["valid"].values
-    assert trace["phase"].values[2].tolist() == ["prefill"] * 9 + ["decode"] * 7
+    assert trace["phase"].values[-1].tolist() == ["prefill"] * 9 + ["decode"] * 7
     for layer, made in references(model, trace, valid, clamped=9):
         for name, exact in made.items():
             assert error(trace[name].sel(layer=layer), exact, valid) <= 2e-6, (layer, name)
@@ -143,7 +156,7 @@ def test_a_continuation_starts_from_the_cached_state(kind):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_errs_at_most_twice_as_much_as_the_library(kind, dtype):
-    model, (ids, mask) = families.build(kind).to(dtype), prompt(3 * CHUNK + 5, padded=True)
+    model, (ids, mask) = rightly_normed(kind).to(dtype), prompt(3 * CHUNK + 5, padded=True)
     with mp.attach(model) as probe:
         parity = probe.parity(ids, mask)
     assert (parity["out_vs_oracle"] <= 2 * parity["native_vs_oracle"]).all()
@@ -165,7 +178,7 @@ def test_ablations_are_those_of_the_reference(kind, target):
 
 
 def test_gates_of_decoding_steps_are_noted_and_opened(kind):
-    model, (ids, _) = families.build(kind), prompt(6, padded=False)
+    model, (ids, _) = families.build(kind), decodable(kind, *prompt(6, padded=False))
     with mp.attach(model) as probe, probe.edit(mp.ablate("gate")), probe.recording(variables=VARIABLES) as recorder:
         model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     trace = recorder.dataset
@@ -243,7 +256,7 @@ def _delta(model, ids):
 
 def test_a_release_whose_scan_is_wrong_shows_in_parity(kind, monkeypatch):
     """As releases up to 5.14 did in Zamba2 and Nemotron-H: states do not pass from chunk to chunk."""
-    model, (ids, _) = families.build(kind), prompt(3 * CHUNK + 5, padded=False)
+    model, (ids, _) = rightly_normed(kind), prompt(3 * CHUNK + 5, padded=False)
     module = sys.modules[type(next(iter(families.mixers(model).values()))).__module__]
     right = module.mamba2_chunk_scan
 
@@ -277,8 +290,23 @@ def test_a_release_whose_norm_ignores_groups_shows_in_parity(kind):
     assert (parity["out_vs_oracle"] > 1e-3).all()
 
 
+def test_single_tokens_of_several_rows(kind):
+    """Up to 5.22 Falcon-H1's norm drops the token axis, so that rows mix: the library's logits, and no recording."""
+    model, (ids, _) = families.build(kind), prompt(1, padded=False)
+    native = model(ids, use_cache=False).logits
+    with mp.attach(model) as probe:
+        assert error(model(ids, use_cache=False).logits.detach(), native.detach()) <= 2e-6
+        if families.mixes_single_tokens(kind):
+            assert native.shape == (3, 3, 61)
+            with pytest.raises(ValueError, match=r"layer 0: the library's mixer made .* of \(3, 1, 24\), which mixes"):
+                probe.record(ids)
+        else:
+            assert native.shape == (3, 1, 61)
+            assert probe.record(ids, variables=["out"])["out"].shape == (len(probe.layers), 3, 1, 24)
+
+
 def test_a_float64_model_and_a_bare_mixer(kind):
-    model, (ids, mask) = families.build(kind), prompt(CHUNK + 1, padded=True)
+    model, (ids, mask) = rightly_normed(kind), prompt(CHUNK + 1, padded=True)
     mixer = copy.deepcopy(families.mixers(model)[families.LAYERS.get(kind, [0])[-1]])
     hidden = torch.randn(2, 11, 24, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():

@@ -94,7 +94,8 @@ def float64_free_readout():
         w = {name: tensor.double().numpy() for name, tensor in mixer.state_dict().items()}
         y = y.reshape(*y.shape[:2], -1).astype(np.float64)
         if "norm.weight" in w:
-            grouped = y.reshape(*y.shape[:2], mixer.n_groups, -1)
+            by_group = "group_size" in vars(mixer.norm)  # transformers 5.23 and newer
+            grouped = y.reshape(*y.shape[:2], mixer.n_groups if by_group else 1, -1)
             grouped = grouped / np.sqrt((grouped**2).mean(-1, keepdims=True) + mixer.layer_norm_epsilon)
             y = grouped.reshape(y.shape) * w["norm.weight"]
         return y @ w["out_proj.weight"].T

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mamba_probe.hooks import Edit
+from mamba_probe.hooks import FREEZABLE, Edit
 from mamba_probe.kernels.scan import BACKENDS, check_backend, choose_backend
 from mamba_probe.mixers import MixerAdapter
 from mamba_probe.mixers.offload import held, seat
@@ -34,12 +34,14 @@ def chosen_backend(device: torch.device, asked: str, adapters: Sequence[MixerAda
 
 
 def check_editable(edit: Edit, adapters: Sequence[MixerAdapter]) -> None:
-    """Refuse to edit what an S4D layer does not compute from its input."""
+    """Refuse to edit what a layer has not, or does not compute from its input."""
     for adapter in adapters:
         if edit.layer in (None, adapter.layer) and edit.target not in adapter.editable:
+            constant = "is a constant weight, the same at every token; change the module's weights instead"
+            why = constant if edit.target in FREEZABLE else "does not exist"
             raise ValueError(
-                f"{edit!r}: {edit.target} of layer {adapter.layer} ({adapter.family}) is a constant weight, the same at"
-                f" every token; change the module's weights instead. Editable there: {', '.join(adapter.editable)}."
+                f"{edit!r}: {edit.target} of layer {adapter.layer} ({adapter.family}) {why}. Editable there: "
+                f"{', '.join(adapter.editable)}."
             )
 
 

@@ -41,7 +41,7 @@ def measure_jacobian(
     along = None if direction is None else _matrix(_plain(direction)[None], "direction", hidden).flatten()
 
     def mixer(u: Tensor) -> Tensor:
-        return adapter.mixer(u, attention_mask=mask)
+        return adapter.given(adapter.mixer(adapter.taken(u), attention_mask=mask))
 
     if query_tokens is not None:
         found = _pulled(mixer, hidden, index, rows, along)
@@ -79,7 +79,7 @@ def _mixer_input(model: nn.Module, adapter: MixerAdapter, given: ModelInput) -> 
     finally:
         handle.remove()
     hidden, mask = caught[-1]
-    return hidden.detach(), mask
+    return adapter.taken(hidden).detach(), mask
 
 
 def _index(valid: Tensor, asked: Sequence[int] | None, name: str) -> Int[np.ndarray, "batch asked"]:

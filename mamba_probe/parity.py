@@ -116,7 +116,7 @@ def parting(rows: Mapping[int, Mapping[str, float]], bound: float) -> str:
 
 
 def _compare(adapter: MixerAdapter, emitted: _Emitted, rows: dict[int, dict[str, float]]) -> Callable[..., None]:
-    def after(_mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+    def after(_mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         mask = kwargs.get("attention_mask")
         valid = None if mask is None else mask.bool()
@@ -124,7 +124,8 @@ def _compare(adapter: MixerAdapter, emitted: _Emitted, rows: dict[int, dict[str,
         with held(adapter.mixer):
             native = type(adapter.mixer).forward(adapter.mixer, hidden, attention_mask=mask)
         with held(adapter.mixer):
-            oracle = adapter.oracle(hidden, valid)
+            oracle = adapter.oracle(adapter.taken(hidden), valid)
+        out, native = adapter.given(out), adapter.given(native)
         rows[adapter.layer] = {
             "out_vs_native": error(out, native, valid),
             "out_vs_oracle": error(out, oracle["out"], valid),

@@ -10,6 +10,9 @@ from mamba_probe.trace.schema import VARIABLES
 
 __all__ = ["checked_plan", "grouped"]
 
+ABSENT = {"delta_cumsum": "delta is constant", "z": "nothing gates the scan of these"}
+"""Why layers lack a variable."""
+
 
 def grouped(adapters: Sequence[MixerAdapter]) -> dict[str, tuple[int, ...]]:
     """Layers that can share one trace, equal in family and sizes, by what those are."""
@@ -42,10 +45,10 @@ def checked_plan(
         listing = "; ".join(f"layers {list(numbers)}: {sizes}" for sizes, numbers in groups.items())
         raise ValueError(f"layers of different sizes cannot share one trace. Pass layers= of one group: {listing}")
     sizes = by_layer[chosen[0]]
-    absent = [name for name in names if not VARIABLES[name].dims(sizes.family)]
+    absent = [name for name in names if name not in sizes.variables]
     if absent:
-        known = [name for name, spec in VARIABLES.items() if spec.dims(sizes.family)]
-        raise ValueError(f"{sizes.family} layers have no {', '.join(absent)}: delta is constant. Known: {known}")
+        why = "; ".join(ABSENT[name] for name in absent)
+        raise ValueError(f"{sizes.family} layers have no {', '.join(absent)}: {why}. Known: {list(sizes.variables)}")
     heads = None if channels is None else tuple(_indices(channels, "channel", range(sizes.n_heads)))
     kept = None if tokens is None else tuple(_indices(tokens, "token", range(length or 0)))
     gaps = kept is not None and kept[-1] - kept[0] >= len(kept)

@@ -20,7 +20,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mamba_probe.blocks import S4DKernel
@@ -57,14 +57,19 @@ class S4D(nn.Module):
         self.activation = nn.GELU()
         self.output_linear = nn.Sequential(nn.Conv1d(d_model, 2 * d_model, 1), nn.GLU(dim=-2))
 
-    def forward(self, u: Float[Tensor, "batch channel token"]) -> tuple[Float[Tensor, "batch channel token"], None]:
-        """Return the output, and None in the place of upstream's state."""
-        x = u.mT if self.transposed else u
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "batch channel token"],
+        attention_mask: Int[Tensor, "batch token"] | None = None,
+    ) -> tuple[Float[Tensor, "batch channel token"], None]:
+        """Return the output, and None in the place of upstream's state; padding (0 in `attention_mask`) is not read."""
+        x = hidden_states.mT if self.transposed else hidden_states
+        x = x if attention_mask is None else x * attention_mask[..., None].to(x.dtype)
         delta, A, B, C = self.kernel()
-        y = selective_scan(x[..., None], delta.expand(x.shape), A, B, C, self.D, discretization="zoh", backend="cpu").y[
-            ..., 0
-        ]
-        out = self.output_linear(self.activation(y).mT.to(u.dtype))
+        y = selective_scan(
+            x[..., None], delta.expand(x.shape), A, B, C, self.D, discretization="zoh", backend="cpu"
+        ).y[..., 0]  # fmt: skip
+        out = self.output_linear(self.activation(y).mT.to(x.dtype))
         return (out if self.transposed else out.mT), None
 
 

@@ -10,6 +10,7 @@ from mamba_probe.mixers.jamba import JambaAdapter
 from mamba_probe.mixers.mamba import MambaAdapter
 from mamba_probe.mixers.mamba2 import Mamba2Adapter
 from mamba_probe.mixers.own import OwnMamba2Adapter, OwnMambaAdapter, S4DAdapter
+from mamba_probe.mixers.s4d_layer import S4DLayerAdapter
 from mamba_probe.mixers.tap import Call, Listener, Tap
 from mamba_probe.mixers.zamba import ZambaAdapter
 
@@ -18,7 +19,7 @@ __all__ = ["ADAPTERS", "Call", "Listener", "MixerAdapter", "Sizes", "Tap", "find
 ADAPTERS: tuple[type[MixerAdapter], ...] = (
     MambaAdapter, FalconMambaAdapter, JambaAdapter, ZambaAdapter,
     Mamba2Adapter, BambaAdapter, Zamba2Adapter, GraniteMoeHybridAdapter, NemotronHAdapter, FalconH1Adapter,
-    OwnMambaAdapter, OwnMamba2Adapter, S4DAdapter,
+    OwnMambaAdapter, OwnMamba2Adapter, S4DAdapter, S4DLayerAdapter,
 )  # fmt: skip
 
 _PATHS = [adapter.class_path for adapter in ADAPTERS]
@@ -38,7 +39,7 @@ def find_mixers(model: nn.Module) -> list[MixerAdapter]:
         adapter = next((adapter for adapter in ADAPTERS if adapter.matches(module)), None)
         kind = type(module).__name__
         if adapter is not None:
-            found.append(adapter(module, name))
+            found.append(adapter(module, name, len(found)))
         elif "mamba3" in kind.lower() or "A_log" in module._parameters or (_of_a_library(module) and kind in NOT_YET):
             refused.add(f"{kind} ({type(module).__module__})")
     supported = ", ".join(f"{name} of {module.split('.models.')[0]}" for module, name in _PATHS)

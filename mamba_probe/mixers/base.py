@@ -16,6 +16,7 @@ from mamba_probe.mixers.linear import affine
 from mamba_probe.mixers.offload import seat
 from mamba_probe.mixers.takeover import innermost, rebind
 from mamba_probe.mixers.tap import Call, Tap
+from mamba_probe.trace.schema import VARIABLES
 
 __all__ = ["Labelled", "MixerAdapter", "Sizes", "causal_conv", "convolved", "double", "masked", "no_shortcut"]
 
@@ -33,17 +34,25 @@ class Sizes:
     n_groups: int
     n_states: int
     width: int
+    gated: bool = True
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """What of the schema such a layer has."""
+        return tuple(name for name, spec in VARIABLES.items() if spec.dims(self.family) and (self.gated or name != "z"))
 
     def __str__(self) -> str:
         if self.family != "mamba2":
             groups = f" in {self.n_groups} groups" if self.family == "mamba" and self.n_groups > 1 else ""
-            return f"{self.family}: {self.n_heads} channels{groups}, state {self.n_states}"
+            gate = "" if self.gated else ", no gate"
+            return f"{self.family}: {self.n_heads} channels{groups}, state {self.n_states}{gate}"
         return f"mamba2: {self.n_heads} heads of {self.head_channels}, {self.n_groups} group(s), state {self.n_states}"
 
 
 class MixerAdapter(ABC):
     """One mixer of one model: its sizes, its weights by our names, and the takeover of its scan.
 
+    A mixer without a number of its own has that of its `place` among the model's mixers.
     `class_path` names the mixer's class; `editable` what an edit may target, `backends` those of our scan it can use.
     """
 
@@ -53,10 +62,10 @@ class MixerAdapter(ABC):
     editable: ClassVar[tuple[str, ...]] = ABLATABLE
     backends: ClassVar[tuple[str, ...]] = BACKENDS
 
-    def __init__(self, mixer: nn.Module, name: str):
+    def __init__(self, mixer: nn.Module, name: str, place: int = 0):
         self.mixer: Any = mixer
         self.name = name
-        self.layer = int(self.mixer.layer_idx)
+        self.layer = int(getattr(mixer, "layer_idx", place))
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -97,12 +106,20 @@ class MixerAdapter(ABC):
     def oracle(self, hidden: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
         """delta, B, C and out of one forward in float64 from the weights alone, by the sequential recurrence."""
 
+    def taken(self, hidden: Tensor) -> Tensor:
+        """Hidden states (batch, token, model) as the mixer's forward takes them, and what it takes as (batch, ...)."""
+        return hidden
+
+    def given(self, returned: Any) -> Tensor:
+        """The output (batch, token, model), of what the mixer's forward returns."""
+        return returned
+
     def take_over(self, tap: Tap) -> None:
         """Put `tap` in the place of the mixer's scan; `release` undoes it."""
         forward = type(self.mixer).forward
         assert isinstance(forward, FunctionType)
         bound = rebind(forward, self.replacements(tap, innermost(forward).__globals__))
-        tapped = _tapped(bound, tap, signature(forward), id(self.mixer))
+        tapped = _tapped(bound, tap, signature(forward), self)
         setattr(self.mixer, seat(self.mixer), MethodType(tapped, self.mixer))
 
     @property
@@ -120,10 +137,12 @@ class MixerAdapter(ABC):
             self.mixer._old_forward = MethodType(type(self.mixer).forward, self.mixer)
 
 
-def _tapped(forward: FunctionType, tap: Tap, takes: Signature, owner: int) -> Callable[..., Tensor]:
+def _tapped(forward: FunctionType, tap: Tap, takes: Signature, adapter: MixerAdapter) -> Callable[..., Any]:
     """`forward` with a Call open while it runs; an exception leaves none behind. A copy of the mixer is not probed."""
 
-    def probed_forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+    owner = id(adapter.mixer)
+
+    def probed_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if id(self) != owner:
             return type(self).forward(self, *args, **kwargs)
         given = takes.bind(self, *args, **kwargs).arguments
@@ -134,8 +153,8 @@ def _tapped(forward: FunctionType, tap: Tap, takes: Signature, owner: int) -> Ca
         try:
             out = forward(self, *args, **kwargs)
             if tap.listener is not None:
-                hidden = given["hidden_states"]
-                tap.call.tensors |= {"u": hidden, "out": _by_token(out, hidden, tap.layer)}
+                hidden = adapter.taken(given["hidden_states"])
+                tap.call.tensors |= {"u": hidden, "out": _by_token(adapter.given(out), hidden, tap.layer)}
                 tap.listener.receive(tap.call)
             return out
         finally:

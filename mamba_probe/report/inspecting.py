@@ -39,7 +39,7 @@ def _layers(adapters: Sequence[MixerAdapter]) -> Table:
 
 def _variables(adapters: Sequence[MixerAdapter], sizes: str, layers: tuple[int, ...], rows: int, length: int) -> Table:
     first = next(adapter for adapter in adapters if adapter.layer in layers)
-    names = [name for name, variable in VARIABLES.items() if variable.dims(first.family)]
+    names = first.sizes.variables
     plan = checked_plan(adapters, grouped(adapters), names, layers, None, None, length)
     dtype = next(first.mixer.parameters()).dtype
     weighed = estimate(plan, rows, length, dtype, first.sizes.width).variables

@@ -84,6 +84,12 @@ def measure(
 
 
 def _kernels(kernels: Float[np.ndarray, "kernel lag"] | xr.DataArray) -> tuple[np.ndarray, np.ndarray]:
+    if not isinstance(kernels, np.ndarray | xr.DataArray) or kernels.ndim != len(DIMS):
+        shape = getattr(kernels, "shape", "no shape")
+        raise ValueError(
+            f"kernels needs an array with dims {DIMS}; got a {type(kernels).__name__} of {shape}. It takes kernels"
+            " of the lag, not a trace: kernels[None] of one, np.stack of several"
+        )
     if not isinstance(kernels, xr.DataArray):
         return np.arange(len(kernels)), _alive(kernels, np.arange(len(kernels)))
     if set(kernels.dims) != set(DIMS):

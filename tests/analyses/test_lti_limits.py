@@ -397,3 +397,19 @@ def test_plot_asks_for_one_kernel(kernel: str | None) -> None:
 def test_importing_draws_no_matplotlib() -> None:
     code = "import sys, mamba_probe.analyses.lti_limits; print('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_a_trace_is_no_kernel_and_one_kernel_no_stack():
+    """In a process of its own: here beartype answers first."""
+    code = """
+import numpy as np, xarray as xr
+from mamba_probe.analyses import lti_limits
+for given in (xr.Dataset({"delta": ("token", np.ones(4))}), np.ones(8), "zoo:mqar-mamba1"):
+    try:
+        lti_limits.measure(given)
+    except ValueError as problem:
+        print(problem)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line.split("; got a ")[1].split(" of ")[0] for line in said] == ["Dataset", "ndarray", "str"]
+    assert all("It takes kernels of the lag, not a trace" in line for line in said)

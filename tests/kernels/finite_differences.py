@@ -18,6 +18,9 @@ from oracle import by_name, cast, draw, featured
 
 from mamba_probe.kernels.scan import Emit, backward, fused, selective_scan
 
+STEP = 3e-6
+"""To either side."""
+
 ROWS = {
     "mamba": (2, 1, 2, False),
     "heads": (2, 2, 2, False),
@@ -74,8 +77,12 @@ def differentiated(rows, group, features, missing, emit, token=3, whole=False):
 
     numbers = torch.cat([value.flatten() for value in tensors.values()]).requires_grad_()
     options = {"fast_mode": not whole, "check_undefined_grad": whole}
-    atol = 1e-10 if whole else 1e-12  # of a direction it is taken times the lengths of both
-    assert torch.autograd.gradcheck(call, numbers, eps=3e-6, atol=atol, rtol=2e-9, **options)
+    with torch.no_grad():
+        answers = call(numbers)
+    largest = max(answer.abs().max().item() for answer in (answers if whole else [answers]))
+    # Rounding of the two that are subtracted; of a direction it is taken times the lengths of both.
+    atol = torch.finfo(torch.float64).eps * largest / STEP if whole else 1e-12
+    assert torch.autograd.gradcheck(call, numbers, eps=STEP, atol=atol, rtol=2e-9, **options)
 
 
 def cut(*row, whole=False):

@@ -2,26 +2,17 @@
 
 import copy
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
 
+import mamba1_families as tiny
 import numpy as np
 import pytest
 import torch
+from cells import error, prompt, run, validity
 
 import mamba_probe as mp
 from mamba_probe.analyses import hidden_attention, memory_horizon, recall_circuit, wavelet_alignment
 from mamba_probe.analyses.common import Canonical
 
-
-def load(name):
-    spec = spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = sys.modules[name] = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tiny = load("mamba1_families")
 FAMILIES = tuple(tiny.BUILDERS)
 VARIABLES = ("delta", "A", "A_bar", "B_bar", "B", "C", "x", "z", "y", "h", "u", "out", "delta_cumsum")
 CONV, CHUNK = 4, 64
@@ -45,35 +36,10 @@ def model(build):
     return build()
 
 
-def prompt(length, padded, batch=3):
-    ids = torch.randint(1, 61, (batch, length), generator=torch.Generator().manual_seed(length))
-    mask = None
-    if padded:
-        mask = torch.ones_like(ids)
-        mask[0, : min(length - 1, 7)] = 0
-        mask[1, :1] = 0
-    return ids, mask
-
-
-def valid_of(ids, mask):
-    return np.ones(ids.shape, bool) if mask is None else mask.bool().numpy()
-
-
-def error(a, b, valid=...):
-    a, b = np.asarray(a, np.float64)[valid], np.asarray(b, np.float64)[valid]
-    assert np.isfinite(a).all()
-    return np.abs(a - b).max() / np.abs(b).max()
-
-
-def run(model, ids, mask, **options):
-    with torch.no_grad():
-        return model(ids, attention_mask=mask, **options).logits.numpy()
-
-
 def holds(model, length, padded):
     """Recorded tensors, mixer outputs and logits of one cell of the grid; more rows, a steadier largest error."""
     ids, mask = prompt(length, padded, batch=8)
-    valid, native = valid_of(ids, mask), run(model, ids, mask)
+    valid, native = validity(ids, mask), run(model, ids, mask)
     with mp.attach(model) as probe:
         trace, probed = probe.record(ids, mask, variables=VARIABLES), run(model, ids, mask)
         parity = probe.parity(ids, mask)
@@ -188,7 +154,7 @@ def test_half_precision_errs_at_most_twice_as_much_as_the_library(model, dtype):
         parity = probe.parity(ids, mask)
         trace = probe.record(ids, mask, variables=["u", "out", "delta"])
     assert trace["delta"].dtype == np.float32
-    valid = valid_of(ids, mask)
+    valid = validity(ids, mask)
     for layer, mixer in tiny.mixers(model).items():
         exact = tiny.reference_mixer(mixer, np.nan_to_num(trace["u"].sel(layer=layer).values), mask.numpy())
         native = float(parity["native_vs_oracle"].sel(layer=layer))

@@ -2,26 +2,16 @@
 
 import copy
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from itertools import product
-from pathlib import Path
 
+import mamba2_families as families
 import numpy as np
 import pytest
 import torch
+from cells import error, prompt, run, validity
 
 import mamba_probe as mp
 
-
-def load(name):
-    """A module of this folder."""
-    spec = spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = sys.modules[name] = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-families = load("mamba2_families")
 KINDS, CHUNK, TAPS = families.KINDS, families.CHUNK, families.TAPS
 VARIABLES = ("delta", "B", "C", "x", "z", "h", "y", "out", "u")
 LENGTHS = (1, TAPS - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5)
@@ -36,30 +26,6 @@ def _grid():
             turn = 2 * padded + groups - 1
             sampled = turn == (at // 4 + row) % (2 if length == 1 else 4)
             yield pytest.param(kind, groups, length, padded, marks=() if sampled else pytest.mark.long)
-
-
-def prompt(length, padded, seed=0):
-    ids = torch.randint(1, 61, (3, length), generator=torch.Generator().manual_seed(seed + length))
-    if not padded:
-        return ids, None
-    mask = torch.ones_like(ids)
-    mask[0, : min(length - 1, 7)] = 0
-    mask[1, :1] = 0
-    return ids, mask
-
-
-def validity(ids, mask):
-    return np.ones(ids.shape, bool) if mask is None else mask.bool().numpy()
-
-
-def error(a, b, valid=...):
-    a, b = np.asarray(a, np.float64)[valid], np.asarray(b, np.float64)[valid]
-    return np.abs(a - b).max() / np.abs(b).max()
-
-
-def run(model, ids, mask=None):
-    with torch.no_grad():
-        return model(ids, attention_mask=mask).logits.numpy()
 
 
 def decodable(kind, ids, mask=None):

@@ -5,33 +5,13 @@ import copy
 import numpy as np
 import pytest
 import torch
+from cells import error, prompt, run
 
 import mamba_probe as mp
 from mamba_probe.mixers.takeover import rebind
 
 VARIABLES = ("delta", "A", "A_bar", "B_bar", "B", "C", "x", "z", "y", "h", "out", "delta_cumsum")
 GRID = [(1, False), *((length, padded) for length in (3, 64, 65, 200) for padded in (False, True))]
-
-
-def prompt(length, padded, seed=0, batch=3):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, 61, (batch, length), generator=generator)
-    mask = None
-    if padded:
-        mask = torch.ones_like(ids)
-        mask[0, : min(length - 1, 7)] = 0
-        mask[1, :1] = 0
-    return ids, mask
-
-
-def error(a, b, valid):
-    a, b = np.asarray(a, np.float64)[valid], np.asarray(b, np.float64)[valid]
-    return np.abs(a - b).max() / np.abs(b).max()
-
-
-def run(model, ids, mask):
-    with torch.no_grad():
-        return model(ids, attention_mask=mask).logits.numpy()
 
 
 @pytest.mark.parametrize(("length", "padded"), GRID)
@@ -88,7 +68,8 @@ def test_identities_hold_in_the_trace(model):
 
 def test_generate_gives_the_same_tokens_and_is_recorded_step_by_step(model):
     ids, mask = prompt(9, padded=True)
-    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "attention_mask": mask}
+    model.generation_config.eos_token_id = None  # else it stops, or a token other than the prediction is taken
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask}
     expected = model.generate(ids, **options)
     with mp.attach(model) as probe:
         with probe.recording(variables=["delta", "A", "h", "delta_cumsum"]) as recorder:

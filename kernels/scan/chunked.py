@@ -211,7 +211,7 @@ PROGRAMS = 264
 CHANNELS = 64
 """Of one program of `states_kernel`."""
 
-BOUNDARY = 512
+BOUNDARY = 256
 """Tokens of one."""
 
 

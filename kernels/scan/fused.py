@@ -40,14 +40,15 @@ EARLY = isinstance(scan_kernel, triton.JITFunction)
 
 
 class Tile(NamedTuple):
-    """What one program does: rows and tokens of a block, chunks of a sequence, states side by side in a thread; and in
-    how many stages its loads come: 1 in registers, more through shared memory."""
+    """What one program does: rows and tokens of a block, chunks of a sequence, states side by side in a thread; in how
+    many stages its loads come: 1 in registers, more through shared memory; and its warps."""
 
     rows: int
     tokens: int
     chunks: int
     low: int = 4
     stages: int = 1
+    warps: int = 1
 
 
 @cache
@@ -60,24 +61,25 @@ def choose_tile(a: Arguments) -> Tile:
     """A program is a warp, and an SM holds WARPS of them; few rows are cut into chunks of tokens until that is full.
 
     With rows enough a thread has 8 states, or 4 where that fills the card better; an even share for the four schedulers
-    of an SM is worth twice the chunks. Loads come through shared memory where 16-bit rows are many and registers are
-    left. `benchmarks/scan_gpu.py --sweep` sets the rule beside other tiles.
+    of an SM is worth twice the chunks. Loads come through shared memory where 16-bit rows are many; and where what is
+    emitted of every state keeps the memory busy: there two warps side by side fill its lines.
+    `benchmarks/scan_gpu.py --sweep` sets the rule beside other tiles.
     """
     sms = multiprocessors(a.x.device)
     per_row = padded(a.B.shape[3])
     n_row = a.x.shape[0] * a.x.shape[2] * a.x.shape[3]
     wide, narrow = (max(4, min(32, states * 32 // per_row)) for states in (8, 4))
-    low = 8 if a.emit.dtype in NARROW else 4
     if n_row >= 9 * sms * wide:
-        full = a.x.dtype not in NARROW or {"A_bar", "h"} <= set(a.emit.variables)
-        return Tile(wide, 8, 1, low, 1 if full else 3)
+        if {"A_bar", "B_bar", "h"} & set(a.emit.variables):
+            return Tile(2 * wide, 8, 1, 8, 3, 2)
+        return Tile(wide, 8, 1, stages=3 if a.x.dtype in NARROW else 1)
     if n_row >= 9 * sms * narrow:
         return Tile(narrow, 16, 1)
     programs = blocks(n_row, wide)
     chunks = max(1, min(WARPS * sms // programs, a.n_token // SHORTEST))
     share = programs * chunks / (4 * sms)
     uneven = math.ceil(share) > 1.15 * share and 2 * chunks * SHORTEST <= a.n_token
-    return Tile(wide, 8, 2 * chunks if uneven else chunks, low)
+    return Tile(wide, 8, 2 * chunks if uneven else chunks, 8 if a.emit.dtype in NARROW else 4)
 
 
 def launch(
@@ -127,7 +129,7 @@ def _plan(a: Arguments, emitted: Iterable[str], tile: Tile, segment: int, saves:
         n_head, head_channel, n_group, n_state, kept_head, tile.rows, tile.tokens, state // low, low,
         a.delta_softplus, *a.delta_limits, a.discretization == "zoh",
     )  # fmt: skip
-    options = {"num_warps": 1, "num_stages": 1, "maxnreg": REGISTERS, "enable_fp_fusion": fusible(n_state)}
+    options = {"num_warps": tile.warps, "num_stages": 1, "maxnreg": REGISTERS, "enable_fp_fusion": fusible(n_state)}
     if n_chunk > 1:
         nothing = (None,) * (len(EMITTED) + 1)
         grid = n_block, n_chunk - 1, n_batch * n_group

@@ -119,7 +119,7 @@ def main():
     call("fused fp32", "fused", wide, tile=fused.Tile(16, 8, 1))
     call("fused bf16 delta energy", "fused", one, Emit(("delta", "delta_cumsum", "energy")), fused.Tile(16, 8, 1))
     narrow = Emit(("A_bar", "h"), dtype=torch.bfloat16)
-    call("fused bf16 A_bar h", "fused", one, narrow, fused.Tile(16, 8, 1, 8))
+    call("fused bf16 A_bar h", "fused", one, narrow, fused.Tile(32, 8, 1, 8, 3, 2))
     two = cast(draw(None, 1, 512, shape=(8, 64, 128, True)), torch.bfloat16, PER_TOKEN)
     call("chunked bf16", "chunked", two)
     call("chunked bf16 h", "chunked", two, Emit(("h",), dtype=torch.bfloat16))

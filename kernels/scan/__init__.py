@@ -1,5 +1,6 @@
 """The selective scan of Mamba-1 and Mamba-2: one contract, several backends. `kernels/README.md` specifies it."""
 
+from contextlib import nullcontext
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
@@ -124,16 +125,31 @@ def selective_scan(
     if torch.compiler.is_compiling():
         name = choose_backend(x.device).name if backend == "auto" else backend
         return ScanResult(*operators.scan(tensors, *options, name))
+    given = [tensor for tensor in tensors if tensor is not None]
+    absent = D is None, z is None, delta_bias is None, initial_state is None, seq_idx is None, log_decay is None
+    key = len(given), absent, options, backend
+    answer = operators.again(key, given)
+    return ScanResult(*(_anew(key, tensors, options, backend) if answer is None else answer))
+
+
+def _anew(
+    key: Any, tensors: tuple[Any, ...], options: tuple[Any, ...], backend: str
+) -> tuple[Tensor, Tensor, Emission]:
+    """A call that is like none before, or that no backend remembers."""
     a, plans = formed(tensors, *options)
-    name = choose_backend(x.device).name if backend == "auto" else backend
+    kind = a.x.device.type
+    name = choose_backend(a.x.device).name if backend == "auto" else backend
     module = backend_module(name)
     if name == "triton" and operators.needs_grad(tensors):
-        return ScanResult(*operators.direct(module, tensors, options, a, plans))
-    more = {"plans": plans} if name == "triton" else {}
-    if not torch.is_autocast_enabled(x.device.type):  # entering the context costs as much as a launch
-        return ScanResult(*module.scan(a, **more))
-    with torch.autocast(x.device.type, enabled=False):
-        return ScanResult(*module.scan(a, **more))
+        answer = operators.direct(module, tensors, options, a, plans)
+    else:
+        more = {"plans": plans} if name == "triton" else {}
+        # entering the context costs as much as a launch
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+            answer = module.scan(a, **more)
+    if name == "triton":
+        operators.remember(key, tensors, options, a, plans)
+    return answer
 
 
 def check_backend(name: str, device: torch.device | str) -> None:

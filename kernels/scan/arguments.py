@@ -41,7 +41,8 @@ class Arguments:
     given_state (None when none was given) have the compute `dtype`, or its complex counterpart, and all but D are
     contiguous. A is (head, state), or (head, 1) where it came as (head,): `scalar_A`; log_decay is (batch, token, head,
     state or 1). B and C are (batch, token, group, state); those that came as (group, state) are named in `constant` and
-    take no memory. starts (batch, token, 1, 1) says where seq_idx changes, never at the call's first token.
+    take no memory. D that came as (head,) is `shared_D`. starts (batch, token, 1, 1) says where seq_idx changes, never
+    at the call's first token.
     """
 
     x: Tensor
@@ -61,6 +62,7 @@ class Arguments:
     emit: Emit
     dtype: torch.dtype
     scalar_A: bool
+    shared_D: bool
     constant: tuple[str, ...]
 
     @property
@@ -215,6 +217,7 @@ def _form(
         "emit": _checked_emit(emit, n_token=x.shape[1], n_head=x.shape[2], is_complex=A.dtype.is_complex),
         "dtype": dtype,
         "scalar_A": len(A.shape) == 1,
+        "shared_D": "D" in given and len(given["D"].shape) == 1,
         "constant": tuple(name for name in "BC" if len(given[name].shape) == 2),
     }
     wanted = {"A": (2, state_dtype), "B": (4, None), "C": (4, None), "D": (2, dtype), "delta_bias": (1, dtype)}

@@ -5,22 +5,21 @@ time, while g = dL/dh goes back from the last token. With several chunks the ker
 for every chunk but the first, from nothing; then for every chunk, from what the later ones left.
 
 Deterministic: what is a sum over rows (dB, dC), chunks or batch items (dA, dD, d delta_bias) is written in parts, one a
-program, and summed in one order.
+program, and summed in one order by a launch more (`sums`).
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from mamba_probe.kernels.scan.arguments import TENSORS, Arguments
+from mamba_probe.kernels.scan.arguments import Arguments
 from mamba_probe.kernels.scan.backward_kernel import backward_kernel
 from mamba_probe.kernels.scan.fused import SEGMENT, dense, multiprocessors
 from mamba_probe.kernels.scan.launcher import Plan, Plans, blocks, fusible, padded, planned, slots, start
+from mamba_probe.kernels.scan.sums import ANSWERS, add_sums, gradients
 
 __all__ = ["Tile", "Upstream", "backward", "backward_kernel", "choose_tile"]
 
@@ -32,12 +31,14 @@ REGISTERS = 255
 LOCAL_COST = 0.25
 """Of a chunk's pass from nothing, beside its main pass."""
 
+FILLED = ("x", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state", "log_decay")
+"""Gradients, or their parts, in the order of the kernel's arguments."""
+
 REFUSED = ("energy", "mass", "mass_distance")
 """Emitted, and without a gradient here."""
 
 
-@dataclass(frozen=True)
-class Upstream:
+class Upstream(NamedTuple):
     """Gradients of what a scan answered, of that shape; None where nothing depends on it."""
 
     out: Tensor | None = None
@@ -93,7 +94,8 @@ def _choose_chunks(programs: int, slots: int, n_token: int) -> int:
 def backward(
     a: Arguments, states: Tensor | None, given: Upstream, tile: Tile | None = None, plans: Plans | None = None
 ) -> dict[str, Tensor]:
-    """Gradients by the name of the argument, for each that was given; of its dtype, D (head, head_channel).
+    """Gradients by the name of the argument, for each that was given; of its dtype, and of its shape but for a D
+    (head,) that several channels share: that is (head, head_channel).
 
     states (batch, ceil(token / segment) - 1, head, head_channel, state), before tokens segment, 2 segment, ...: the
     forward's `states`, which may be None where there are none.
@@ -114,7 +116,7 @@ def backward(
         "token_slot": slots(a.emit.tokens, n_token, a.x.device),
         "head_slot": slots(a.emit.channels, n_head, a.x.device),
     }  # fmt: skip
-    return _gathered(a, start(plan, inputs | above))
+    return gradients(a, start(plan, inputs | above))
 
 
 def _plan(a: Arguments, above: dict[str, Tensor | None], tile: Tile) -> Plan:
@@ -129,7 +131,6 @@ def _plan(a: Arguments, above: dict[str, Tensor | None], tile: Tile) -> Plan:
     inputs = "x", "delta", "A", "B", "C", "D", "z", "bias", "starts", "log", "initial", "states"
     inputs += (_scratch(plan, a, tile, n_batch * n_group * n_chunk * n_block),)
     tensors = *inputs, *above, "token_slot", "head_slot", *_between(plan, a, n_chunk - 1)
-    out = _outputs(plan, a, n_chunk, n_block)
     kept_token, kept_head = a.kept
     given_out = above["d_out"]
     sizes = (
@@ -142,9 +143,11 @@ def _plan(a: Arguments, above: dict[str, Tensor | None], tile: Tile) -> Plan:
     options = {"num_warps": tile.warps, "num_stages": 1, "maxnreg": tile.registers}
     options["enable_fp_fusion"] = fusible(n_state)
     if n_chunk > 1:
-        nothing = (None,) * len(out)
+        nothing = (None,) * len(FILLED)
         plan.add(backward_kernel, (n_block, n_chunk - 1, n_batch * n_group), *tensors, *nothing, *sizes, **options)
+    out, parts = _outputs(plan, a, n_chunk, n_block)
     plan.add(backward_kernel, (n_block, n_chunk, n_batch * n_group), *tensors, *out, *sizes, **options)
+    add_sums(plan, a, parts, (n_block, n_batch * n_chunk, n_batch * n_chunk))
     return plan
 
 
@@ -188,52 +191,33 @@ def _between(plan: Plan, a: Arguments, n_chunk: int) -> tuple[str | None, str | 
     return decay, local
 
 
-def _outputs(plan: Plan, a: Arguments, n_chunk: int, n_block: int) -> list[str | None]:
-    """What the kernel fills, in the order of its arguments: gradients, and parts of those that are sums."""
+def _outputs(plan: Plan, a: Arguments, n_chunk: int, n_block: int) -> tuple[list[str | None], dict[str, str | None]]:
+    """What the kernel fills, in the order of its arguments: gradients, and parts of those that are sums; and these."""
     n_batch, n_token, *rows = a.x.shape
-    n_group, n_state = a.B.shape[2:]
-    parts = n_block, n_batch, n_token, n_group, n_state
+    n_state = a.A.shape[1]
+    of_BC = n_block, n_batch, n_token, *a.B.shape[2:]
 
-    def empty(name: str, given: Tensor | None, *shape: int, dtype: torch.dtype = a.dtype) -> str | None:
-        return None if given is None else plan.make(f"for_{name}", shape, dtype)
+    def make(name: str, given: Tensor | None, shape: Sequence[int]) -> str | None:
+        return None if given is None else plan.make(ANSWERS[name], tuple(shape), given.dtype)
 
-    return [
-        empty("x", a.x, *a.x.shape, dtype=a.x.dtype),
-        empty("delta", a.delta, *a.x.shape, dtype=a.delta.dtype if rows[1] == 1 else a.dtype),
-        empty("A", a.A, n_batch, n_chunk, *rows, n_state),
-        plan.make("for_BC", (2, *parts), a.dtype),
-        plan.part("for_C", "for_BC", math.prod(parts)),
-        empty("D", a.D, n_batch, n_chunk, *rows),
-        empty("z", a.z, *a.x.shape, dtype=a.x.dtype if a.z is None else a.z.dtype),
-        empty("delta_bias", a.delta_bias, n_batch, n_chunk, *rows),
-        empty("initial_state", a.given_state, *a.state_shape),
-        empty("log_decay", a.log_decay, n_batch, n_token, *rows, n_state),
-    ]
+    def part(name: str, given: Tensor | None, *shape: int) -> str | None:
+        return None if given is None else plan.empty(f"parts_{name}", shape, a.dtype)
 
-
-SUMS = {"A": (0, 1, 3), "D": (0, 1), "delta_bias": (0, 1, 3), "delta": 3, "log_decay": 3}
-"""Axes of the parts of a gradient: chunks, batch items and head channels, each in one order."""
-
-
-def _gathered(a: Arguments, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The gradients, of the arguments' dtypes, from what the kernel has filled."""
-    given: dict[str, Any] = vars(a) | {"initial_state": a.given_state}
-    found = dict(zip("BC", _projected(a, tensors["for_BC"]), strict=True))
-    for name in TENSORS:
-        value = tensors.get(f"for_{name}")
-        if value is not None:
-            alone = name == "delta" and value.shape[3] == 1
-            found[name] = value[..., 0] if alone else value.sum(SUMS[name]) if name in SUMS else value
-    return {name: narrow(value, given[name].dtype) for name, value in found.items()}
-
-
-def narrow(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """In another dtype where it has not that; torch takes longer to see that there is nothing to do."""
-    return value if value.dtype == dtype else value.to(dtype)
-
-
-def _projected(a: Arguments, parts: Tensor) -> Sequence[Tensor]:
-    """Those of B and C: summed in one launch where each is copied, to be narrowed, into its own memory after that."""
-    if a.constant or a.dtype in (a.B.dtype, a.C.dtype):
-        return [part.sum((0, 1, 2) if name in a.constant else 0) for name, part in zip("BC", parts, strict=True)]
-    return parts.sum(1).unbind()
+    parts = {
+        "A": part("A", a.A, n_batch, n_chunk, *rows, n_state),
+        "B": part("B", a.B, 2, *of_BC),
+        "C": plan.part("parts_C", "parts_B", math.prod(of_BC)),
+        "D": part("D", a.D, n_batch, n_chunk, *rows),
+        "delta_bias": part("delta_bias", a.delta_bias, n_batch, n_chunk, *rows),
+    }
+    if rows[1] > 1:
+        parts["delta"] = part("delta", a.delta, *a.x.shape)
+        parts["log_decay"] = part("log_decay", a.log_decay, *a.x.shape, n_state)
+    filled = {
+        "x": make("x", a.x, a.x.shape),
+        "delta": make("delta", a.delta, a.delta.shape) if rows[1] == 1 else None,
+        "z": make("z", a.z, a.x.shape),
+        "initial_state": make("initial_state", a.given_state, a.state_shape),
+        "log_decay": make("log_decay", a.log_decay, (*a.delta.shape, n_state)) if rows[1] == 1 else None,
+    }
+    return [parts.get(name) or filled.get(name) for name in FILLED], parts

@@ -1,7 +1,7 @@
 """The backward of `chunked`: gradients of everything a scan took, from those of everything it answered. A (head,).
 
 The forward saves its inputs and nothing else: the states before all chunks of tokens, which are larger than x, are
-found again. Five launches, of which each reads what those before it wrote:
+found again. Six launches, of which each reads what those before it wrote:
 
 | kernel | finds |
 |---|---|
@@ -10,9 +10,10 @@ found again. Five launches, of which each reads what those before it wrote:
 | `inputs_kernel` | dx, dz, and of every token those of the log of its decay and of the scale of its write |
 | `projections_kernel` | dB and dC, summed over a block of a group's heads |
 | `steps_backward_kernel` | d delta and d log_decay, with them dA and d delta_bias |
+| `sums_kernel` | dA, dB, dC, dD and d delta_bias, from what the others left in parts |
 
 Deterministic: what is a sum over heads (dB, dC), tokens or batch items (dA, dD, d delta_bias) is written in parts, one
-a program, and summed in one order.
+a program, and summed in one order (`sums`).
 
 Where x is bfloat16, so is what is multiplied: h, e, dy and the weights of a chunk. Gradients of 16-bit inputs are then
 right to their type; those of A, delta_bias and log_decay, if they are float32, have the accuracy of such products too:
@@ -35,7 +36,7 @@ from mamba_probe.kernels.emission import Emit
 from mamba_probe.kernels.scan import backward as by_token
 from mamba_probe.kernels.scan import chunked, fused, naive
 from mamba_probe.kernels.scan.arguments import Arguments
-from mamba_probe.kernels.scan.backward import REFUSED, Upstream, narrow
+from mamba_probe.kernels.scan.backward import REFUSED, Upstream
 from mamba_probe.kernels.scan.chunked import _strides
 from mamba_probe.kernels.scan.chunked_backward_kernel import (
     boundary_kernel,
@@ -44,12 +45,16 @@ from mamba_probe.kernels.scan.chunked_backward_kernel import (
     steps_backward_kernel,
 )
 from mamba_probe.kernels.scan.launcher import Plan, Plans, blocks, padded, planned, slots, start
+from mamba_probe.kernels.scan.sums import ANSWERS, add_sums, gradients
 
 __all__ = ["Tile", "backward", "choose_tile"]
 
 
 FEW = 2048
 """Channels x states of a head whose products are exact also for bfloat16: what these err would not average out."""
+
+STEPS = 64
+"""Tokens of a program of `steps_backward_kernel`."""
 
 SHARED = 227 * 1024
 """Bytes of shared memory that a program may have on an H200."""
@@ -106,6 +111,8 @@ class _Work(NamedTuple):
     dy: str
     """The gradient of y; that of the output where these are the same."""
     dy_strides: tuple[Any, ...]
+    parts: dict[str, str | None]
+    """Of gradients that are sums, by the name of what they are of."""
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -131,19 +138,25 @@ class _Work(NamedTuple):
         """That of h, e and dy between the kernels."""
         return torch.bfloat16 if self.precision == (True, False) else self.arguments.dtype
 
-    def make(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> str:
-        """A gradient, or its parts, in the compute dtype where no other is named."""
-        return self.plan.make(name, shape, dtype or self.arguments.dtype)
+    def make(self, name: str, given: Tensor | None, *shape: int) -> str | None:
+        """A gradient of what was given, if anything was."""
+        return None if given is None else self.plan.make(ANSWERS[name], shape, given.dtype)
 
     def empty(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> str:
-        """What later launches read."""
+        """What later launches read, in the compute dtype where no other is named."""
         return self.plan.empty(name, shape, dtype or self.arguments.dtype)
+
+    def part(self, name: str, given: Tensor | None, *shape: int) -> str | None:
+        """Parts of such a gradient."""
+        self.parts[name] = None if given is None else self.empty(f"parts_{name}", *shape)
+        return self.parts[name]
 
 
 def backward(
     a: Arguments, states: Tensor | None, given: Upstream, tile: Tile | None = None, plans: Plans | None = None
 ) -> dict[str, Tensor]:
-    """Gradients by the name of the argument, for each that was given; of its dtype, D (head, head_channel).
+    """Gradients by the name of the argument, for each that was given; of its dtype, and of its shape but for a D
+    (head,) that several channels share: that is (head, head_channel).
 
     states: None, since the forward saves none; it is there for the signature that all backwards have.
 
@@ -166,17 +179,18 @@ def backward(
 
 def _by_chunk(a: Arguments, given: Upstream, tile: Tile | None, plans: Plans | None) -> dict[str, Tensor]:
     """`backward` by the kernels of `chunked_backward_kernel`."""
-    more, d_B = _more(a, given)
+    more = _more(a, given)
     above = {
         "d_out": given.out,
         "d_last": None if given.last_state is None else given.last_state.to(a.dtype).contiguous(),
         "d_y": None if given.y is None else _spread(given.y, a, a.dtype),
         "more_delta": more.delta, "more_log": more.log, "more_write": more.write,
+        "more_B": more.B,
     }  # fmt: skip
     kinds = tuple([None if value is None else value.dtype for value in above.values()])
     key = choose_tile, tile, kinds, None if given.out is None else given.out.stride()
     plan = planned(plans, key, lambda: _plan(a, above, tile or choose_tile(a)))
-    return _gathered(a, start(plan, chunked.inputs(a) | {"token_slot": None, "head_slot": None} | above), d_B)
+    return gradients(a, start(plan, chunked.inputs(a) | {"token_slot": None, "head_slot": None} | above))
 
 
 def _plan(a: Arguments, above: dict[str, Tensor | None], tile: Tile) -> Plan:
@@ -186,37 +200,22 @@ def _plan(a: Arguments, above: dict[str, Tensor | None], tile: Tile) -> Plan:
     steps, _ = chunked.add_steps(chunked._Work(a, plan, {}, whole, 0, n_chunk, tile.tokens), None)
     is_found = a.z is not None or above["d_y"] is not None or above["d_out"] is None
     strides = _strides(torch.empty(a.x.shape, device="meta") if is_found else above["d_out"])
-    work = _Work(a, plan, above, tile, n_chunk, steps, "dy" if is_found else "d_out", strides)
+    work = _Work(a, plan, above, tile, n_chunk, steps, "dy" if is_found else "d_out", strides, {})
     for add in (_add_boundaries, _add_inputs, _add_projections, _add_steps):
         add(work)
+    counts = blocks(a.heads_per_group, tile.heads), len(a.x) * blocks(a.n_token, STEPS), len(a.x) * n_chunk
+    add_sums(plan, a, work.parts, counts, None if above["more_B"] is None else "more_B")
     return plan
-
-
-def _gathered(a: Arguments, found: dict[str, Tensor], d_B: Tensor | None) -> dict[str, Tensor]:
-    """The gradients, from what the kernels have filled and d_B, which is added to that of B."""
-    parts = found["d_BC"]
-    d_BC = parts.sum(1) if parts.shape[1] > 1 else parts[:, 0]
-    if d_B is not None:
-        d_BC[0] += d_B
-    D, bias = (value if value is None else value.sum((0, 1)) for value in (found.get("for_D"), found.get("for_bias")))
-    gradients = {
-        "x": found["for_x"], "z": found.get("for_z"), "D": D, "delta": found["for_delta"],
-        "A": found["for_A"].sum((0, 1)), "delta_bias": bias, "log_decay": found.get("for_log"),
-        "initial_state": found.get("for_initial"),
-    }  # fmt: skip
-    for name, value in zip("BC", d_BC, strict=True):
-        gradients[name] = narrow(value.sum((0, 1)) if name in a.constant else value, getattr(a, name).dtype)
-    return {name: value for name, value in gradients.items() if value is not None}
 
 
 def _add_boundaries(work: _Work) -> None:
     """h before and e after every chunk, (batch, head, chunk, state, head_channel), dy, and d initial_state."""
-    a, plan, above, tile, n_chunk, steps, dy, _ = work
+    a, plan, above, tile, n_chunk, steps, dy, *_ = work
     n_batch, n_token, n_head, head_channel = a.x.shape
     channels = min(tile.channels, work.covers[0])
     h, e = (work.empty(name, n_batch, n_head, n_chunk, a.B.shape[3], head_channel, dtype=work.kept) for name in "he")
     fresh = None if dy == "d_out" else work.empty(dy, *a.x.shape, dtype=work.kept)
-    d_initial = None if a.given_state is None else work.make("for_initial", *a.state_shape)
+    d_initial = work.make("initial_state", a.given_state, *a.state_shape)
     plan.add(
         boundary_kernel, (2, n_head * blocks(head_channel, channels), n_batch),
         "x", "B", "C", "z", steps, "initial", "d_out", "d_last", "d_y", h, e, fresh, d_initial,
@@ -228,11 +227,10 @@ def _add_boundaries(work: _Work) -> None:
 
 def _add_inputs(work: _Work) -> None:
     """Gradients of x, z and D; and d_steps (batch x head, 2, token), those of the log of the decay and of the scale."""
-    a, plan, above, tile, n_chunk, steps, dy, dy_strides = work
+    a, plan, above, tile, n_chunk, steps, dy, dy_strides, _ = work
     n_batch, n_token, n_head, head_channel = a.x.shape
-    d_x = work.make("for_x", *a.x.shape, dtype=a.x.dtype)
-    d_z = None if a.z is None else work.make("for_z", *a.z.shape, dtype=a.z.dtype)
-    d_D = None if a.D is None else work.make("for_D", n_batch, n_chunk, n_head, head_channel)
+    d_x, d_z = work.make("x", a.x, *a.x.shape), work.make("z", a.z, *a.x.shape)
+    d_D = work.part("D", a.D, n_batch, n_chunk, n_head, head_channel)
     d_steps = work.empty("d_steps", n_batch * n_head, 2, n_chunk * tile.tokens)
     plan.add(
         inputs_kernel, (n_head, n_chunk, n_batch),
@@ -246,17 +244,18 @@ def _add_inputs(work: _Work) -> None:
 
 def _add_projections(work: _Work) -> None:
     """Gradients of B and C, (2, block, batch, token, group, state), and parts of <e, h>, (batch x head, chunk, ...)."""
-    a, plan, _, tile, n_chunk, steps, dy, dy_strides = work
+    a, plan, _, tile, n_chunk, steps, dy, dy_strides, parts = work
     n_batch, n_token, n_head, _ = a.x.shape
     n_group, n_state = a.B.shape[2:]
     channels, states = work.covers[0], min(tile.states, work.covers[1])
     n_block = blocks(a.heads_per_group, tile.heads)
     shape = n_block, n_batch, n_token, n_group, n_state
-    d_BC = work.make("d_BC", 2, *shape)
+    d_BC = work.part("B", a.B, 2, *shape)
+    parts["C"] = plan.part("parts_C", "parts_B", math.prod(shape))
     both = work.empty("both", n_batch * n_head, n_chunk, blocks(n_state, states))
     plan.add(
         projections_kernel, (n_block * blocks(n_state, states), n_chunk, n_batch * n_group),
-        "x", "B", "C", steps, "h", "e", dy, d_BC, plan.part("d_C", d_BC, math.prod(shape)), both,
+        "x", "B", "C", steps, "h", "e", dy, d_BC, parts["C"], both,
         *map(_strides, (a.x, a.B, a.C)), dy_strides, n_token, n_chunk,
         *work.sizes, tile.heads, tile.tokens, channels, states, *work.precision,
         num_warps=4, num_stages=tile.stages,
@@ -266,31 +265,30 @@ def _add_projections(work: _Work) -> None:
 def _add_steps(work: _Work) -> None:
     """Gradients of delta, A, delta_bias and log_decay."""
     a, plan, n_head = work.arguments, work.plan, work.sizes[0]
-    n_block, heads, n_padded = blocks(a.n_token, 64), min(16, padded(n_head)), work.chunks * work.tile.tokens
+    n_block, heads, n_padded = blocks(a.n_token, STEPS), min(16, padded(n_head)), work.chunks * work.tile.tokens
     fade = plan.part("fade", work.steps, 4 * len(a.x) * n_head * n_padded)
-    d_delta = work.make("for_delta", *a.delta.shape, dtype=a.delta.dtype)
-    d_log = None if a.log_decay is None else work.make("for_log", *a.delta.shape, dtype=a.log_decay.dtype)
-    d_A = work.make("for_A", len(a.x), n_block, n_head)
-    d_bias = None if a.delta_bias is None else work.make("for_bias", len(a.x), n_block, n_head)
+    d_delta, d_log = (work.make(name, vars(a)[name], *a.delta.shape) for name in ("delta", "log_decay"))
+    d_A, d_bias = (work.part(name, vars(a)[name], len(a.x), n_block, n_head) for name in ("A", "delta_bias"))
     plan.add(
         steps_backward_kernel, (n_block, blocks(n_head, heads), len(a.x)),
         "delta", "A", "bias", fade, "d_steps", "both", "more_delta", "more_log", "more_write", d_delta, d_A, d_bias,
         d_log, _strides(a.delta), a.n_token, n_padded,
-        n_head, plan.scratch["both"][1][2], work.tile.tokens, 64, heads,
+        n_head, plan.scratch["both"][1][2], work.tile.tokens, STEPS, heads,
         a.delta_softplus, *a.delta_limits, a.discretization == "zoh", num_warps=4,
     )  # fmt: skip
 
 
 class _More(NamedTuple):
-    """Gradients of delta, of the log of the decay and of the scale of the write that come from what is emitted."""
+    """Gradients that come from what is emitted: of delta, the log of the decay, the scale of the write and B."""
 
     delta: Tensor | None = None
     log: Tensor | None = None
     write: Tensor | None = None
+    B: Tensor | None = None
 
 
-def _more(a: Arguments, given: Upstream) -> tuple[_More, Tensor | None]:
-    """And that of B, in the compute dtype. Plain torch, since none of it has channels."""
+def _more(a: Arguments, given: Upstream) -> _More:
+    """In the compute dtype. Plain torch, since none of it has channels."""
     delta = None if given.delta is None else _spread(given.delta, a, a.dtype)
     if given.delta_cumsum is not None:
         summed = _spread(given.delta_cumsum, a, torch.float64).flip(1).cumsum(1).flip(1).to(a.dtype)
@@ -305,8 +303,8 @@ def _more(a: Arguments, given: Upstream) -> tuple[_More, Tensor | None]:
         grouped = _spread(given.B_bar, a, a.dtype).unflatten(2, (a.B.shape[2], -1))
         scale = naive.write_scale(step, a.A, a.discretization)[..., 0].unflatten(2, (a.B.shape[2], -1))
         write = torch.einsum("btghn,btgn->btgh", grouped, a.B.to(a.dtype)).flatten(2).contiguous()
-        d_B = torch.einsum("btghn,btgh->btgn", grouped, scale)
-    return _More(delta, log, write), d_B
+        d_B = torch.einsum("btghn,btgh->btgn", grouped, scale).contiguous()
+    return _More(delta, log, write, d_B)
 
 
 def _spread(value: Tensor, a: Arguments, dtype: torch.dtype) -> Tensor:
@@ -329,7 +327,7 @@ def _by_token(a: Arguments, given: Upstream, plans: Plans | None) -> dict[str, T
     if A_bar is not None:  # that of one state, so that their sum is right
         A_bar = torch.nn.functional.pad(A_bar[..., None], (0, n_state - 1))
     wide = replace(a, A=a.A.expand(-1, n_state).contiguous(), scalar_A=False, log_decay=log_decay)
-    found = by_token.backward(wide, _saved_states(wide, plans), replace(given, A_bar=A_bar), plans=plans)
+    found = by_token.backward(wide, _saved_states(wide, plans), given._replace(A_bar=A_bar), plans=plans)
     found["A"] = found["A"].sum(1)
     if a.log_decay is not None:
         found["log_decay"] = found["log_decay"].sum(3).to(a.log_decay.dtype)

@@ -17,7 +17,7 @@ from mamba_probe.kernels.scan.arguments import Arguments
 from mamba_probe.kernels.scan.fused_kernel import scan_kernel
 from mamba_probe.kernels.scan.launcher import Plan, Plans, blocks, fusible, padded, planned, start
 
-__all__ = ["SEGMENT", "Tile", "choose_tile", "dense", "launch", "multiprocessors", "scan_kernel"]
+__all__ = ["SEGMENT", "Tile", "choose_tile", "dense", "launch", "multiprocessors", "saved_shape", "scan_kernel"]
 
 NARROW = torch.bfloat16, torch.float16
 
@@ -105,6 +105,12 @@ def launch(
     for name, value in emitted.items():
         given[f"e_{name}"] = value
     start(plan, given)
+
+
+def saved_shape(a: Arguments) -> tuple[int, ...]:
+    """Of the states before every SEGMENT-th token but the first."""
+    n_batch, *rest = a.state_shape
+    return n_batch, blocks(a.n_token, SEGMENT) - 1, *rest
 
 
 def _plan(a: Arguments, emitted: Iterable[str], tile: Tile, segment: int, saves: bool) -> Plan:

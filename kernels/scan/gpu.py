@@ -18,9 +18,12 @@ from mamba_probe.kernels.emission import Emission
 from mamba_probe.kernels.scan import backward as by_token
 from mamba_probe.kernels.scan import chunked, chunked_backward, fused, mass
 from mamba_probe.kernels.scan.arguments import Arguments, buffers
-from mamba_probe.kernels.scan.launcher import Plans, blocks, listed, slots
+from mamba_probe.kernels.scan.known import Known, is_plain
+from mamba_probe.kernels.scan.launcher import Plans, listed, slots
 
-__all__ = ["backward", "buffers", "check_arguments", "check_device", "empty_states", "fill", "scan"]
+__all__ = [
+    "Known", "backward", "buffers", "check_arguments", "check_device", "empty_states", "fill", "is_plain", "scan",
+]  # fmt: skip
 
 
 NOTHING = Emission()
@@ -67,9 +70,7 @@ def empty_states(a: Arguments) -> list[Tensor]:
     the first; none where the backward needs none."""
     if a.scalar_A:
         return []
-    n_batch, *rest = a.state_shape
-    n_state = blocks(a.n_token, fused.SEGMENT) - 1
-    return [torch.empty((n_batch, n_state, *rest), dtype=a.dtype, device=a.x.device)]
+    return [torch.empty(fused.saved_shape(a), dtype=a.dtype, device=a.x.device)]
 
 
 def backward(

@@ -6,17 +6,18 @@ arguments. A call after that makes its tensors, takes their addresses, and launc
 """
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import lru_cache
-from operator import itemgetter
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from functools import lru_cache, reduce
+from operator import itemgetter, or_
 from typing import Any, NamedTuple, cast
 
 import torch
 import triton
 from torch import Tensor
+from torch._C._dynamo.guards import _empty_strided_cuda  # pyright: ignore[reportAttributeAccessIssue]
 from triton import knobs
 
-__all__ = ["Plan", "Plans", "blocks", "fusible", "listed", "padded", "planned", "slots", "start"]
+__all__ = ["Plan", "Plans", "blocks", "fusible", "listed", "maker", "padded", "planned", "run", "slots", "start"]
 
 ALIGNED = 512
 """Bytes at whose multiples torch's own tensors begin on a CUDA device."""
@@ -55,23 +56,38 @@ def fusible(n_state: int) -> bool:
     return n_state % 2 == 0 or n_state == 1
 
 
-class Launch(NamedTuple):
-    """A kernel, and its arguments in order: tensors by `names`, None where there is none, then all others."""
+Made = tuple[str, tuple[int, ...], tuple[int, ...], torch.dtype]
 
+
+class Launch(NamedTuple):
+    """A kernel, and its arguments in order: tensors by `names`, None where a call gives none, then all others; and what
+    is made for it, name, shape, strides and dtype: not before the launches ahead of it, for which a device may wait."""
+
+    makes: tuple[Made, ...]
     kernel: Any
     grid: tuple[int, int, int]
     names: tuple[str | None, ...]
     others: tuple[Any, ...]
     options: dict[str, Any]
-    named: Callable[[Mapping[str | None, Any]], tuple[Any, ...]]
 
     def __call__(self, tensors: Mapping[str | None, Any]) -> Any:
         """By Triton's own way; answers the version of the kernel that it chose."""
-        return self.kernel[self.grid](*self.named(tensors), *self.others, **self.options)
+        return self.kernel[self.grid](*map(tensors.get, self.names), *self.others, **self.options)
+
+
+class Step(NamedTuple):
+    """A launch of the version that Triton chose: what is made for it, and which of the call's addresses it takes."""
+
+    makes: list[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]]
+    run: Callable[..., Any]
+    grid: tuple[int, int, int]
+    fixed: tuple[Any, ...]
+    taken: Callable[[list[int | None]], tuple[int | None, ...]]
+    others: tuple[Any, ...]
 
 
 class Plan:
-    """Launches, one after another, and the tensors to make for them: for all calls whose tensors have the same dtypes,
+    """Launches, one after another, and the tensors to make for each: for all calls whose tensors have the same dtypes,
     shapes and strides, and which launch with the same sizes.
 
     What Triton's choice of a version depends on beside that is where tensors lie: at a multiple of 16 bytes or not.
@@ -80,15 +96,16 @@ class Plan:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.launches: list[Launch] = []
-        self.made: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        self.next: list[Made] = []
+        self.made: list[str] = []
         self.scratch: dict[str, tuple[int, tuple[int, ...], torch.dtype]] = {}
         self.n_byte = 0
-        self.parts: dict[str, tuple[str, int, int]] = {}
-        self.versions: dict[Hashable, list[Any]] = {}
+        self.steps: dict[Hashable, list[Step]] = {}
+        """By the names of what a call gives, in order, and how it is aligned."""
 
     def make(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:
-        """A tensor for the launches to fill; its name."""
-        self.made[name] = shape, dtype
+        """A tensor for the next launch, or those after it, to fill; its name."""
+        self.next.append((name, tuple(shape), torch.empty(shape, device="meta").stride(), dtype))
         return name
 
     def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> str:
@@ -98,17 +115,29 @@ class Plan:
         return name
 
     def part(self, name: str, of: str, begin: int) -> str:
-        """Such a tensor from its element `begin` on; its name."""
-        *_, dtype = self.made.get(of) or self.scratch[of]
-        self.parts[name] = of, begin, begin * dtype.itemsize
+        """Such a tensor from its element `begin` on, in one row; its name."""
+        n_byte, shape, dtype = self.scratch[of]
+        self.scratch[name] = n_byte + begin * dtype.itemsize, (math.prod(shape) - begin,), dtype
         return name
 
     def add(self, kernel: Any, grid: tuple[int, int, int], *arguments: Any, **options: Any) -> None:
         """A launch: tensors by their names, which come first, then all other arguments in order, constexpr ones too;
         and options such as num_warps."""
         n = max(i for i, argument in enumerate(arguments) if isinstance(argument, str)) + 1
-        names = arguments[:n]
-        self.launches.append(Launch(kernel, grid, names, arguments[n:], options, itemgetter(*names)))
+        self.launches.append(Launch(tuple(self.next), kernel, grid, arguments[:n], arguments[n:], options))
+        self.made += [name for name, *_ in self.next]
+        self.next.clear()
+
+    def bound(self, names: Sequence[str], versions: Sequence[Any]) -> list[Step]:
+        """The launches, for the addresses of `names`, None, those of pieces of scratch, and of what is made."""
+        place = {name: i for i, name in enumerate((*names, None, *self.scratch, *self.made))}
+        nothing = place[None]
+        return [
+            Step([made[1:] for made in launch.makes], version.run, launch.grid,
+                 (version.function, version.packed_metadata, None, None, None),
+                 itemgetter(*[place.get(name, nothing) for name in launch.names]), launch.others)
+            for launch, version in zip(self.launches, versions, strict=True)
+        ]  # fmt: skip
 
 
 Plans = dict[Hashable, Plan]
@@ -127,46 +156,59 @@ def planned(plans: Plans | None, key: Hashable, make: Callable[[], Plan]) -> Pla
 
 def start(plan: Plan, given: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     """Make the plan's tensors and launch its kernels; what they filled, by its names."""
-    made = {name: torch.empty(shape, dtype=dtype, device=plan.device) for name, (shape, dtype) in plan.made.items()}
-    where: dict[str | None, Any] = {None: None}
-    low = 0
-    for tensors in (given, made):
-        for name, tensor in tensors.items():
-            where[name] = place = None if tensor is None else tensor.data_ptr()
-            low |= place or 0
-    aligned = low % 16 == 0 or tuple([place and place % 16 for place in where.values()])
-    scratch = torch.empty(plan.n_byte, dtype=torch.uint8, device=plan.device) if plan.n_byte else None
-    versions = plan.versions.get(aligned)
-    if versions is None or _hooked():
-        _choose(plan, {**given, **made}, scratch, aligned)
-        return made
+    return dict(zip(plan.made, run(plan, tuple(given), given.values()), strict=True))
+
+
+def run(plan: Plan, names: tuple[str, ...], given: Collection[Tensor | None]) -> list[Tensor]:
+    """`start`, of what `names` call, others being None; what the kernels filled, in the order of the plan's `made`."""
+    make = maker(plan.device)
+    scratch = make((plan.n_byte,), (1,), torch.uint8) if plan.n_byte else None
+    where = [None if tensor is None else tensor.data_ptr() for tensor in given]
+    low = reduce(or_, filter(None, where), 0)  # what is made here begins at multiples of ALIGNED
+    aligned = low % 16 == 0 or tuple([place and place % 16 for place in where])
+    steps = plan.steps.get((names, aligned))
+    if steps is None or _hooked():
+        return _choose(plan, dict(zip(names, given, strict=True)), scratch, aligned)
+    where.append(None)
     if scratch is not None:
         begin = scratch.data_ptr()
-        for name, (offset, _, _) in plan.scratch.items():
-            where[name] = begin + offset
-    for name, (of, _, n_byte) in plan.parts.items():
-        where[name] = where[of] + n_byte
+        where += [begin + offset for offset, _, _ in plan.scratch.values()]
     driver: Any = triton.runtime.driver.active
-    stream = driver.get_current_stream(plan.device.index)
-    for launch, version in zip(plan.launches, versions, strict=True):
-        version.run(
-            *launch.grid, stream, version.function, version.packed_metadata, None, None, None,
-            *launch.named(where), *launch.others,
-        )  # fmt: skip
+    stream, made = driver.get_current_stream(plan.device.index), []
+    for makes, launch, grid, fixed, taken, others in steps:
+        for shape, strides, dtype in makes:
+            tensor = make(shape, strides, dtype)
+            made.append(tensor)
+            where.append(tensor.data_ptr())
+        launch(*grid, stream, *fixed, *taken(where), *others)
     return made
 
 
-def _choose(plan: Plan, tensors: dict[str, Any], scratch: Tensor | None, aligned: Hashable) -> None:
+def _choose(plan: Plan, given: Mapping[str, Tensor | None], scratch: Tensor | None, aligned: Hashable) -> list[Tensor]:
     """Launch by Triton's own way, and keep what it chose; interpreted, it chooses nothing."""
-    every: dict[str | None, Any] = {None: None, **tensors}
+    every: dict[str | None, Any] = {**given, None: None}
     for name, (offset, shape, dtype) in plan.scratch.items():
         size = math.prod(shape) * dtype.itemsize
         every[name] = cast(Tensor, scratch)[offset : offset + size].view(dtype).view(shape)
-    for name, (of, begin, _) in plan.parts.items():
-        every[name] = every[of].view(-1)[begin:]
-    chosen = [launch(every) for launch in plan.launches]
+    made, chosen = [], []
+    for launch in plan.launches:
+        for name, shape, strides, dtype in launch.makes:
+            every[name] = torch.empty_strided(shape, strides, dtype=dtype, device=plan.device)
+            made.append(every[name])
+        chosen.append(launch(every))
     if None not in chosen:
-        plan.versions[aligned] = chosen
+        plan.steps[tuple(given), aligned] = plan.bound(tuple(given), chosen)
+    return made
+
+
+def maker(device: torch.device) -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]:
+    """What makes tensors, uninitialised, of a shape, strides and a dtype, on the current CUDA device or another kind.
+
+    On CUDA what torch's own compiled graphs call: half the time, and no NaN where algorithms are to be deterministic.
+    """
+    if device.type == "cuda" and not torch.are_deterministic_algorithms_enabled():
+        return _empty_strided_cuda
+    return lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
 def _hooked() -> bool:

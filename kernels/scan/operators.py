@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from mamba_probe.kernels.emission import EMITTABLE, Emission, Emit
-from mamba_probe.kernels.scan.arguments import TENSORS, Arguments, as_emit, as_limits, buffers, formed
+from mamba_probe.kernels.scan.arguments import LIMIT, TENSORS, Arguments, as_emit, as_limits, buffers, formed
 
-__all__ = ["direct", "needs_grad", "scan"]
+__all__ = ["again", "direct", "needs_grad", "remember", "scan"]
 
 ARGUMENTS = (
     "Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias,"
@@ -29,6 +30,15 @@ ARGUMENTS = (
 )
 N_OPTION = 10
 """How many of them are options; the last two are `backend` and `train`."""
+
+NOTHING = Emission()
+"""Emitted, for calls that ask for nothing."""
+
+ALIKE = 4
+"""Kinds of tensors that are remembered for the same options, the last ones."""
+
+_known: dict[Hashable, tuple[Any, ...]] = {}
+"""Calls on triton that may be made again without a question (`known`), by their options and what was given."""
 
 LAZY = ("Conjugate", "Negative", "ADInplaceOrView", "AutogradFunctionality")
 """Dispatch keys that may be excluded where an operator runs. Within a compiled graph, torch forgets a conj() inside of
@@ -66,7 +76,45 @@ def direct(
     """The same on triton, for a call outside of any compiler; `options`, a and plans are `formed`'s."""
     names = _emitted(a.emit)
     out, last, *rest = _Direct.apply((a, plans, gpu, options, names), *tensors)
+    if not a.emit.variables:
+        return out, last, NOTHING
     return out, last, Emission(**dict(zip(names, rest, strict=True)), **_inputs(tensors, a.emit))
+
+
+def again(key: Hashable, given: Sequence[Tensor]) -> tuple[Tensor, Tensor, Emission] | None:
+    """A scan on triton as one before, by its `key`: options, and which tensors are `given`; None where none is like."""
+    try:
+        alike = _known.get(key, ())
+    except TypeError:  # limits in a list
+        return None
+    for known in alike:
+        if known.is_like(*given):
+            saves = known.needs_grad and torch.is_grad_enabled()
+            if saves not in known.forwards:
+                return None
+            out, last = _again(known, *given) if saves else known.forward(given, False)
+            return out, last, NOTHING
+    return None
+
+
+def remember(
+    key: Hashable, tensors: Sequence[Tensor | None], options: tuple[Any, ...], a: Arguments, plans: dict[Hashable, Any]
+) -> None:
+    """How a call on triton went, for `again`; `options`, a and plans are `formed`'s."""
+    gpu, limits = _module("triton"), options[1]
+    given = {name: tensor for name, tensor in zip(TENSORS, tensors, strict=True) if tensor is not None}
+    if torch._C._are_functorch_transforms_active() or any(map(is_functorch_wrapped_tensor, given.values())):
+        return
+    if type(limits) is not tuple or not {*map(type, limits)} <= {int, float} or not gpu.is_plain(tensors, a):
+        return  # a tensor, as a limit, may change
+    alike = _known.get(key, ())
+    known = next((known for known in alike if known.is_like(*given.values())), None)
+    if known is None:
+        known = gpu.Known(tuple(given), tuple(given.values()), options)
+        if len(_known) >= LIMIT:
+            _known.clear()
+        _known[key] = (known, *alike[: ALIKE - 1])
+    known.keep_forward(a, plans, needs_grad(tensors))
 
 
 def _inputs(tensors: Sequence[Tensor | None], emit: Emit) -> dict[str, Tensor]:
@@ -162,10 +210,10 @@ def _backward(grads: list[Tensor | None], states: Tensor | None, *arguments: Any
 
 def _as(given: Tensor, gradient: Tensor) -> Tensor:
     """A gradient in the form of what was given: a D (head,) came to be one number a channel."""
-    if gradient.shape == given.shape and gradient.dtype == given.dtype:
-        return gradient
-    gradient = gradient.sum(1) if given.ndim == 1 and gradient.shape[1:].numel() > 1 else gradient
-    return gradient.to(given.dtype).reshape(given.shape)
+    if gradient.shape != given.shape:
+        is_shared = given.ndim == 1 and gradient.numel() > given.numel()
+        gradient = gradient.sum(1) if is_shared else gradient.view(given.shape)
+    return gradient if gradient.dtype == given.dtype else gradient.to(given.dtype)
 
 
 def _autograd(
@@ -235,12 +283,65 @@ class _Direct(torch.autograd.Function):
         _refuse_second()
         *tensors, states = ctx.saved_tensors
         gpu, options, names = ctx.call
-        with _uncast(tensors[0]):
-            a, plans = formed(tensors, *options)
-            upstream = dict(zip(("out", "last_state", *names), grads, strict=True))
-            found = gpu.backward(a, states, upstream, plans)
-            needed = zip(ctx.needs_input_grad[1:], TENSORS, tensors, strict=True)
-            return (None, *[_as(given, found[name]) if is_needed else None for is_needed, name, given in needed])
+        found = _found(gpu, options, tensors, states, dict(zip(("out", "last_state", *names), grads, strict=True)))[0]
+        needed = zip(ctx.needs_input_grad[1:], TENSORS, strict=True)
+        return (None, *[found[name] if is_needed else None for is_needed, name in needed])
+
+
+class _Again(torch.autograd.Function):
+    """`_Direct`, of a call that is known."""
+
+    @staticmethod
+    def forward(ctx: Any, known: Any, *given: Tensor) -> tuple[Tensor, Tensor]:
+        out, last, *states = known.forward(given, True)
+        ctx.save_for_backward(*given, *states)
+        ctx.set_materialize_grads(False)
+        ctx.known = known
+        return out, last
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        _refuse_second()
+        known, saved, (out, last_state) = ctx.known, ctx.saved_tensors, grads
+        is_plain = out is not None and last_state is None
+        gradients = known.backward(saved, out) if is_plain else None
+        if gradients is not None:
+            return None, *gradients
+        n = len(known.names)
+        states = saved[n] if len(saved) > n else None
+        upstream = {"out": out, "last_state": last_state}
+        found, a, plans = _found(_module("triton"), known.options, known.every(saved[:n]), states, upstream)
+        if is_plain and known.is_like(*saved[:n]):
+            known.keep_backward(a, plans, out, states is not None)
+        needed = zip(ctx.needs_input_grad[1:], known.names, strict=True)
+        return (None, *[found[name] if is_needed else None for is_needed, name in needed])
+
+
+_again = super(torch.autograd.Function, _Again).apply  # pyright: ignore[reportAttributeAccessIssue]
+"""As Function.apply where no functorch transform is active and no argument is functorch's, as of no known call; what
+else that does is to look for these, at the time of a launch."""
+
+
+def _found(
+    gpu: Any, options: tuple[Any, ...], tensors: Sequence[Any], states: Tensor | None, upstream: dict[str, Any]
+) -> tuple[dict[str, Tensor], Arguments, dict[Hashable, Any]]:
+    """Gradients by name, each in the form of what was given, and what `formed` says of the call."""
+    with _uncast(tensors[0]):
+        a, plans = formed(tensors, *options)
+        found = gpu.backward(a, states, upstream, plans)
+        for name in _odd(plans, tensors, found):
+            found[name] = _as(tensors[TENSORS.index(name)], found[name])
+    return found, a, plans
+
+
+def _odd(plans: dict[Hashable, Any], tensors: Sequence[Tensor | None], found: dict[str, Tensor]) -> list[str]:
+    """Gradients in another form than what was given; which they are depends on the form of a call alone."""
+    odd = plans.get(_odd)
+    if odd is None:
+        given: dict[str, Any] = dict(zip(TENSORS, tensors, strict=True))
+        forms = {name: ((t := given[name]).shape, t.dtype) for name in found}
+        odd = plans[_odd] = [name for name, value in found.items() if (value.shape, value.dtype) != forms[name]]
+    return odd
 
 
 def _register() -> None:

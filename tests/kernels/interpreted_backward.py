@@ -10,11 +10,11 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from gradients import NARROW, assert_same, checked, compare, saved
+from gradients import NARROW, assert_same, checked, compare, error, saved
 from oracle import FEATURES, cast, draw, featured
 
 from mamba_probe.kernels.emission import Emit
-from mamba_probe.kernels.scan import fused, naive
+from mamba_probe.kernels.scan import fused, naive, sums
 from mamba_probe.kernels.scan.backward import Tile, Upstream, backward, choose_tile
 
 ANSWERED = ("out", "last_state", "delta", "A_bar", "B_bar", "h", "y", "delta_cumsum")
@@ -91,13 +91,47 @@ def twice():
     assert_same(*(backward(a, states, up, TILES[1]) for _ in range(2)))
 
 
+def parts():
+    """More than are read at a time, of sums that do not fill their blocks, with channels between, and one added."""
+    head, channel, state, n_projection, n_pair, counts = 6, 3, 50, 333, 12, (37, 5, 18)
+    of = {
+        "B": (37, 333), "C": (37, 333), "A": (5, head, channel, state), "D": (18, head, channel),
+        "delta_bias": (5, head, channel), "delta": (1, n_pair, channel), "log_decay": (1, n_pair, channel, state),
+    }  # fmt: skip
+    given, more = {name: torch.randn(of[name]) for name in sums.NAMES}, torch.randn(n_projection)
+    exact = {name: value.double().sum(0) for name, value in given.items()}
+    exact |= {name: exact[name].sum(1) for name in ("A", "delta_bias", "delta", "log_decay")}
+    exact["B"] += more
+    dtypes = {"B": torch.bfloat16, "C": torch.float16}
+    for names in (sums.NAMES, ("C", "D", "delta")):
+        found = {name: torch.empty(exact[name].shape, dtype=dtypes.get(name, torch.float32)) for name in names}
+        tiles = sums.tile(37), (4, 8), (16, 2)
+        sizes = dict.fromkeys(found, 4) | {"B": 128, "C": 128, "delta": 16, "log_decay": 16}
+        n_program = sum(-(-value.numel() // sizes[name]) for name, value in found.items())
+        sums.sums_kernel[(n_program,)](
+            *map(given.get, sums.NAMES), more, *map(found.get, sums.NAMES), n_projection, *counts, n_pair,
+            n_pair * state, head, channel, channel, state, *tiles,
+        )  # fmt: skip
+        for name, value in found.items():
+            assert error(value, exact[name]) <= max(5e-7, torch.finfo(value.dtype).eps), name
+
+
 def one_token():
     holds(draw("mamba", 2, 1), ALL)
 
 
 def main():
     torch.use_deterministic_algorithms(True)  # torch.empty answers NaN: an output that is not written shows
-    cases = [(bare,), (double,), (summed,), (twice,), (one_token,), (narrow, torch.bfloat16), (narrow, torch.float16)]
+    cases = [
+        (bare,),
+        (double,),
+        (summed,),
+        (twice,),
+        (parts,),
+        (one_token,),
+        (narrow, torch.bfloat16),
+        (narrow, torch.float16),
+    ]
     cases += [(alone, name) for name in ANSWERED[:-1]] + [(block, *row) for row in PAIRWISE]
     if sys.argv[1:] == ["all"]:
         features = [name for name in FEATURES if name != "complex"]

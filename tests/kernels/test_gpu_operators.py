@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from mamba_probe.kernels.scan import Emit, selective_scan
+from mamba_probe.kernels.scan import Emit, operators, selective_scan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings(r"ignore:.torch\.jit\.script")]
 
@@ -39,6 +39,40 @@ def assert_equal(found, expected):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
+
+
+def leaves(given):
+    return [value for value in given.values() if isinstance(value, torch.Tensor)]
+
+
+def differentiated(given):
+    """y, and what goes back from it alone."""
+    y = selective_scan(**given).y
+    return [
+        y,
+        *torch.autograd.grad(y, leaves(given), torch.linspace(-1, 2, y.numel(), device="cuda").to(y).view(y.shape)),
+    ]
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_a_known_call_answers_what_the_first_did(oracle, family):
+    """At another alignment, under autocast and captured in a graph, too."""
+    operators._known.clear()
+    given = {k: v.requires_grad_() if torch.is_tensor(v) else v for k, v in arguments(oracle, family).items()}
+    first, _, third = (differentiated(given) for _ in range(3))
+    ((known,),) = operators._known.values()
+    assert known.backwards
+    x = given["x"].detach()
+    shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")[1:].view(x.shape).copy_(x).requires_grad_()
+    found = [third, *(differentiated(given | {"x": shifted}) for _ in range(2))]
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        found += [differentiated(given) for _ in range(3)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found.append(differentiated(given))
+    graph.replay()
+    for each in found:
+        assert all(torch.equal(one, other) for one, other in zip(each, first, strict=True))
 
 
 @pytest.mark.parametrize("family", SHAPES)

@@ -1,5 +1,6 @@
 """Plans: what a call of a form that is known already does, and when it is asked anew what to launch."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ class Version:
     function, packed_metadata = "function", "metadata"
 
     def __init__(self) -> None:
-        self.runs: list[tuple[Any, ...]] = []
+        self.runs: Any = []
 
     def run(self, *given: Any) -> None:
         self.runs.append(given)
@@ -60,7 +61,7 @@ def simple(kernel: Any) -> launcher.Plan:
     out = plan.make("out", (2, 3), torch.float32)
     piece = plan.empty("piece", (5,), torch.bfloat16)
     other = plan.empty("other", (7, 2), torch.float64)
-    rest = plan.part("rest", out, 3)
+    rest = plan.part("rest", other, 3)
     plan.add(kernel, GRID, "x", None, "missing", out, piece, other, rest, 17, (4, 1), None, num_warps=2)
     return plan
 
@@ -77,7 +78,8 @@ def test_triton_is_asked_once_and_then_launched_by_addresses():
     assert given[3] is first["out"]
     assert [(t.shape, t.dtype) for t in given[4:6]] == [((5,), torch.bfloat16), ((7, 2), torch.float64)]
     assert given[5].data_ptr() - given[4].data_ptr() == launcher.ALIGNED
-    assert given[6].data_ptr() - given[3].data_ptr() == 3 * 4
+    assert given[6].data_ptr() - given[5].data_ptr() == 3 * 8
+    assert given[6].shape == (7 * 2 - 3,)
     assert given[7:] == (17, (4, 1), None)
     assert not kernel.versions[0].runs
 
@@ -89,8 +91,26 @@ def test_triton_is_asked_once_and_then_launched_by_addresses():
     assert run[:9] == (*GRID, "stream of None", "function", "metadata", None, None, None)
     assert run[9:13] == (x.data_ptr(), None, None, made["out"].data_ptr())
     assert run[14] - run[13] == launcher.ALIGNED
-    assert run[15] - run[12] == 3 * 4
+    assert run[15] - run[14] == 3 * 8
     assert run[16:] == (17, (4, 1), None)
+
+
+def test_what_a_launch_fills_is_made_after_the_launches_before_it(monkeypatch):
+    """A device that waits for the first gets it sooner."""
+    kernels, events, x = (Kernel(), Kernel()), [], torch.ones(4)
+    plan = launcher.Plan(torch.device("cpu"))
+    for i, kernel in enumerate(kernels):
+        plan.add(kernel, GRID, "x", plan.make(f"out {i}", (2, 3), torch.float32))
+    first = launcher.start(plan, {"x": x})
+    make = torch.empty_strided
+    monkeypatch.setattr(torch, "empty_strided", lambda *a, **k: events.append("made") or make(*a, **k))
+    for kernel in kernels:
+        kernel.versions[0].runs = SimpleNamespace(append=lambda given: events.append(given[-1]))
+    second = launcher.start(plan, {"x": x})
+    assert events == ["made", second["out 0"].data_ptr(), "made", second["out 1"].data_ptr()]
+    assert [(name, t.shape, t.is_contiguous()) for name, t in second.items()] == [
+        (name, t.shape, True) for name, t in first.items()
+    ]
 
 
 def test_another_alignment_is_another_version():
@@ -109,7 +129,7 @@ def test_an_interpreted_kernel_is_given_tensors_every_time():
     for _ in range(3):
         launcher.start(plan, {"x": x, "missing": None})
     assert [given[0] for _, given, _ in kernel.asked] == [x] * 3
-    assert not plan.versions
+    assert not plan.steps
 
 
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
@@ -212,3 +232,21 @@ def test_few_forms_are_remembered(oracle, monkeypatch):
 
 def test_a_plan_holds_nothing_of_the_call_that_made_it(script):
     assert script("interpreted_plans.py", TRITON_INTERPRET="1") == ["equal"] * 6
+
+
+def test_of_another_order_of_names_the_addresses_are_the_same_arguments():
+    """What is not given is None."""
+    kernel, x = Kernel(), torch.ones(4)
+    plan = simple(kernel)
+    for names in (("x", "missing"), ("missing", "x"), ("x",)) * 2:
+        made = launcher.run(plan, names, [x if name == "x" else None for name in names])
+        assert len(made) == 1
+    assert len(kernel.asked) == 3
+    for version in kernel.versions:
+        (run,) = version.runs
+        assert run[9:12] == (x.data_ptr(), None, None)
+        assert run[14] - run[13] == launcher.ALIGNED
+
+
+def test_a_call_that_is_known_does_what_the_first_did(script):
+    assert script("interpreted_known.py", TRITON_INTERPRET="1") == ["held"] * 11

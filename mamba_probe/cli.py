@@ -244,7 +244,7 @@ def inspect(
     rows: Annotated[int, typer.Option(min=1, help="Rows of the recording that is weighed.")] = 1,
     length: Annotated[int, typer.Option(min=1, help="Tokens a row of it.")] = 2048,
 ) -> None:
-    """What a model is to the probe: its layers and sizes, what can be recorded and edited, and what that weighs.
+    """What a model is to the probe: its layers and sizes, hook points, what can be recorded and edited, what it weighs.
 
     Examples:
 
@@ -252,13 +252,14 @@ def inspect(
     """
     from mamba_probe.load import load
     from mamba_probe.probe import attach
-    from mamba_probe.report.inspecting import described
+    from mamba_probe.report.inspecting import described, points
 
     _quiet_transformers()
     loaded = load(model)
     with attach(loaded) as probe:
         out.print(repr(probe), highlight=False)
-    for table in described(loaded, rows, length):
+        names = probe.hook_names()
+    for table in (*described(loaded, rows, length), points(names)):
         out.print(table)
 
 

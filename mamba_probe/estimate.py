@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from mamba_probe.recorder import Plan
-from mamba_probe.trace.schema import VARIABLES
 
 __all__ = ["Estimate", "estimate", "readable"]
 
@@ -59,13 +58,14 @@ def estimate(plan: Plan, rows: int, tokens: int, dtype: torch.dtype, width: int)
     extent = {
         "layer": len(plan.layers), "batch": rows, "token": kept, "channel": heads, "head": heads, "model": width,
         "head_channel": sizes.head_channels, "group": sizes.n_groups, "state": sizes.n_states,
+        "direction": len(sizes.directions),
     }  # fmt: skip
     real = 8 if dtype == torch.float64 else 4
     found = {}
     for name in plan.variables:
         is_complex = sizes.family == "s4d" and name in COMPLEX
         size = 8 if name == "delta_cumsum" else real * (2 if is_complex else 1)
-        found[name] = size * math.prod(extent[dim] for dim in VARIABLES[name].dims(sizes.family))
+        found[name] = size * math.prod(extent[dim] for dim in sizes.dims(name))
     return Estimate(found, len(plan.layers), rows, tokens)
 
 

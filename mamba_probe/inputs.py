@@ -4,6 +4,7 @@ import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -66,11 +67,35 @@ def checked_input(
     else:
         given = _from_array(inputs, attention_mask)
     _check(model, width, given)
+    _fit(model, given)
     device = place(model)
     given.keywords = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.keywords.items()}
     if "use_cache" in inspect.signature(model.forward).parameters:
         given.keywords.setdefault("use_cache", False)
     return given
+
+
+def _fit(model: nn.Module, given: ModelInput) -> None:
+    """The keywords by the names of the model's own forward: a mask that it does not take must mask nothing."""
+    takes = inspect.signature(type(model).forward).parameters
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+    first = list(takes.values())[1]
+    named = first.kind is first.POSITIONAL_OR_KEYWORD and (first.default is first.empty or not passes_on)
+    if "hidden_states" in given.keywords and "hidden_states" not in takes and named:
+        given.keywords[first.name] = given.keywords.pop("hidden_states")
+    known = takes if not passes_on else {name for part in model.modules() for name in _names(type(part))}
+    mask = None if "attention_mask" in known else given.keywords.pop("attention_mask", None)
+    if mask is not None and not mask.bool().all():
+        raise ValueError(
+            f"{type(model).__name__} takes no attention_mask: padding would be read as tokens. Record rows of one"
+            " length at a time, without a mask"
+        )
+
+
+@cache
+def _names(kind: type[nn.Module]) -> tuple[str, ...]:
+    """What a module's forward takes."""
+    return tuple(inspect.signature(kind.forward).parameters)
 
 
 def _from_array(inputs: Any, attention_mask: Any) -> ModelInput:
@@ -161,13 +186,14 @@ def _check(model: nn.Module, width: int, given: ModelInput) -> None:
 
 
 def _check_ids(model: nn.Module, ids: Tensor) -> None:
-    embed = getattr(model, "get_input_embeddings", lambda: None)()
+    embedding = (part for part in model.modules() if isinstance(part, nn.Embedding))
+    embed = getattr(model, "get_input_embeddings", lambda: next(embedding, None))()
     if embed is None:
         raise ValueError(
             f"{type(model).__name__} takes hidden states (batch, token, model) as floats; got integer ids of shape"
             f" {tuple(ids.shape)}"
         )
-    low, high, n_vocab = int(ids.min()), int(ids.max()), embed.num_embeddings
+    low, high, n_vocab = int(ids.min()), int(ids.max()), len(embed.weight)
     if low < 0 or high >= n_vocab:
         bad = low if low < 0 else high
         row, token = torch.argwhere(ids == bad)[0].tolist()

@@ -41,7 +41,7 @@ def measure_jacobian(
     along = None if direction is None else _matrix(_plain(direction)[None], "direction", hidden).flatten()
 
     def mixer(u: Tensor) -> Tensor:
-        return adapter.given(adapter.mixer(adapter.taken(u), attention_mask=mask))
+        return adapter.given(adapter.mixer(adapter.taken(u), **adapter.masks(mask)))
 
     if query_tokens is not None:
         found = _pulled(mixer, hidden, index, rows, along)
@@ -69,7 +69,7 @@ def _mixer_input(model: nn.Module, adapter: MixerAdapter, given: ModelInput) -> 
     caught: list[tuple[Tensor, Tensor | None]] = []
 
     def catch(_mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append((args[0] if args else kwargs["hidden_states"], kwargs.get("attention_mask")))
+        caught.append((args[0] if args else kwargs[adapter.takes], kwargs.get("attention_mask")))
 
     handle = adapter.mixer.register_forward_pre_hook(catch, with_kwargs=True)
     try:

@@ -1,22 +1,27 @@
 """Where the tensors of a recorded model call are kept: on the host, or on the device that made them.
 
 A layer's tensors go to the host on a stream of their own, into page-locked memory that holds all layers of a variable:
-the copies run while the next layers compute, and what has arrived is the trace's array, copied no further.
+the copies run while the next layers compute, and what has arrived is the trace's array, copied no further. Tensors too
+small for a copy of their own go together with those of the next layers.
 """
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["IN_FLIGHT", "KEEPS", "Courier", "Kept", "widened"]
+__all__ = ["IN_FLIGHT", "KEEPS", "PARCEL", "Courier", "Kept", "widened"]
 
 KEEPS = ("host", "device")
 
 IN_FLIGHT = 2**29
 """Bytes of device memory that may wait for their copy to the host; past that the next layer waits for the oldest."""
+
+PARCEL = 2**22
+"""Bytes from which on a variable's tensors are checked and copied; till then they wait for the next layer's."""
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:
@@ -34,32 +39,28 @@ class Courier:
     def __init__(self, in_flight: int = IN_FLIGHT):
         self._in_flight = in_flight
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._under_way: deque[tuple[torch.cuda.Event, Sequence[tuple[Tensor, Tensor]], int]] = deque()
+        self._under_way: deque[tuple[torch.cuda.Event, Tensor, Tensor]] = deque()
         self._bytes = 0
 
-    def send(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Copy each source into its target on the host; from a GPU they arrive later, see `wait`.
+    def send(self, target: Tensor, source: Tensor) -> None:
+        """Copy `source` into `target` on the host; from a GPU it arrives later, see `wait`.
 
-        Args:
-            pairs: (target, source); nothing may write to a source any more. Those of one call are on one device.
+        Nothing may write to the source any more.
         """
-        device = pairs[0][1].device
+        device = source.device
         if device.type != "cuda":
-            for target, source in pairs:
-                target.copy_(source)
+            target.copy_(source)
             return
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
         stream = self._streams[device]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            for target, source in pairs:
-                target.copy_(source, non_blocking=True)  # widened and made contiguous on the device
-        size = sum(source.untyped_storage().nbytes() for _, source in pairs)
+            target.copy_(source, non_blocking=True)  # widened and made contiguous on the device
         arrived = torch.cuda.Event()
         arrived.record(stream)
-        self._under_way.append((arrived, pairs, size))  # held: their memory is not used again till then
-        self._bytes += size
+        self._under_way.append((arrived, target, source))  # held: their memory is not used again till then
+        self._bytes += source.nbytes
         while self._bytes > self._in_flight and len(self._under_way) > 1:
             self._arrive()
 
@@ -69,9 +70,32 @@ class Courier:
             self._arrive()
 
     def _arrive(self) -> None:
-        event, _, size = self._under_way.popleft()
+        event, _, source = self._under_way.popleft()
         event.synchronize()
-        self._bytes -= size
+        self._bytes -= source.nbytes
+
+
+@dataclass
+class _Parcel:
+    """A variable's tensors of layers that follow one another, from the place `first` on."""
+
+    first: int
+    tensors: list[Tensor] = field(default_factory=list)
+    n_byte: int = 0
+
+    def fits(self, at: int, tensor: Tensor) -> bool:
+        """Whether `tensor`, of the layer at place `at`, may come next."""
+        return at == self.first + len(self.tensors) and self.tensors[0].device == tensor.device
+
+    def add(self, tensor: Tensor) -> None:
+        """Put it in."""
+        self.tensors.append(tensor)
+        self.n_byte += tensor.nbytes
+
+    @property
+    def whole(self) -> Tensor:
+        """(layer, batch, token, ...)."""
+        return self.tensors[0][None] if len(self.tensors) == 1 else torch.stack(self.tensors)
 
 
 class Kept:
@@ -82,31 +106,42 @@ class Kept:
         self._courier = courier
         self._on_host = keep == "host"
         self._stacks: dict[str, Tensor] = {}
-        self._totals: dict[tuple[int, str], Tensor] = {}
+        self._open: dict[str, _Parcel] = {}
+        self._totals: list[tuple[list[tuple[int, str]], Tensor]] = []
+        """Sums, one a layer and variable."""
         self.tensors: dict[tuple[int, str], Tensor] = {}
         """Those that stayed on their device."""
 
     def put(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep what one layer made. Its tensors must be the recording's own: nothing writes to them any more."""
+        at = self._place[layer]
         for name, tensor in tensors.items():
-            self._totals[layer, name] = tensor.sum(dtype=widened(tensor.dtype))
-        if self._on_host:
-            self._send(layer, tensors)
-        else:
-            self.tensors |= {(layer, name): tensor for name, tensor in tensors.items()}
+            if not self._on_host:
+                self.tensors[layer, name] = tensor
+            if name in self._open and not self._open[name].fits(at, tensor):
+                self._close(name)
+            parcel = self._open.setdefault(name, _Parcel(at))
+            parcel.add(tensor)
+            if parcel.n_byte >= PARCEL:
+                self._close(name)
 
     def suspects(self) -> list[tuple[int, str]]:
-        """Layers and variables whose sum is NaN or infinite: one of their entries is, or their sum overflows."""
-        groups: dict[tuple[torch.device, torch.dtype], list[tuple[int, str]]] = {}
-        for key, total in self._totals.items():
-            groups.setdefault((total.device, total.dtype), []).append(key)
-        found = set()
-        for keys in groups.values():  # one answer from the device for all of them
-            finite = torch.stack([self._totals[key] for key in keys]).isfinite().tolist()
-            found |= {key for key, is_finite in zip(keys, finite, strict=True) if not is_finite}
-        suspects = [key for key in self._totals if key in found]
-        self._totals = {}
-        return suspects
+        """Layers and variables whose sum is NaN or infinite: one of their entries is, or their sum overflows.
+
+        To be asked once all layers are there.
+        """
+        for name in list(self._open):
+            self._close(name)
+        groups: dict[tuple[torch.device, torch.dtype], list[tuple[list[tuple[int, str]], Tensor]]] = {}
+        for keys, totals in self._totals:
+            groups.setdefault((totals.device, totals.dtype), []).append((keys, totals))
+        found = []
+        for group in groups.values():  # one answer from the device for all of them
+            finite = torch.cat([totals for _, totals in group]).isfinite().tolist()
+            every = [key for keys, _ in group for key in keys]
+            found += [key for key, is_finite in zip(every, finite, strict=True) if not is_finite]
+        self._totals = []
+        return sorted(found, key=lambda key: self._place[key[0]])
 
     def array(self, layer: int, name: str) -> np.ndarray:
         """One layer's tensor on the host, fp32 at least."""
@@ -122,16 +157,22 @@ class Kept:
         Its values are there once the courier has waited.
         """
         if not self._on_host:
-            for layer in self._place:
-                self._send(layer, {name: self.tensors[layer, name]})
+            for layer, at in self._place.items():
+                self._send(name, at, self.tensors[layer, name][None])
         return self._stacks.pop(name).numpy()
 
-    def _send(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            if name not in self._stacks:
-                shape, pinned = (len(self._place), *tensor.shape), tensor.device.type == "cuda"
-                self._stacks[name] = torch.empty(shape, dtype=widened(tensor.dtype), device="cpu", pin_memory=pinned)
-        if not tensors:  # everything asked for is constant
-            return
-        at = self._place[layer]
-        self._courier.send([(self._stacks[name][at], tensor) for name, tensor in tensors.items()])
+    def _close(self, name: str) -> None:
+        """Check a parcel, and send it to the host where that is the place."""
+        parcel = self._open.pop(name)
+        whole = parcel.whole
+        layers = list(self._place)[parcel.first : parcel.first + len(whole)]
+        totals = whole.sum(tuple(range(1, whole.ndim)), dtype=widened(whole.dtype))
+        self._totals.append(([(layer, name) for layer in layers], totals))
+        if self._on_host:
+            self._send(name, parcel.first, whole)
+
+    def _send(self, name: str, first: int, whole: Tensor) -> None:
+        if name not in self._stacks:
+            shape, pinned = (len(self._place), *whole.shape[1:]), whole.device.type == "cuda"
+            self._stacks[name] = torch.empty(shape, dtype=widened(whole.dtype), device="cpu", pin_memory=pinned)
+        self._courier.send(self._stacks[name][first : first + len(whole)], whole)

@@ -8,6 +8,7 @@ from typing import Any
 import xarray as xr
 from torch import Tensor, nn
 
+from mamba_probe.generating import heard
 from mamba_probe.mixers import Listener, Tap
 from mamba_probe.recorder import Recorder
 from mamba_probe.trace.store import save
@@ -35,10 +36,10 @@ def listening(model: nn.Module, taps: Mapping[int, Tap], recorder: Recorder) -> 
     def begin(_model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         first = kwargs.get("input_ids", args[0] if args else None)
         ids = first if isinstance(first, Tensor) and not first.is_floating_point() else None
-        recorder.begin(ids, kwargs.get("logits_to_keep", 0))
+        recorder.begin(ids, kwargs.get("logits_to_keep", kwargs.get("num_last_tokens", 0)))  # mamba_ssm's name
 
     def end(_model: nn.Module, _args: Any, output: Any) -> None:
-        recorder.end(getattr(output, "logits", None))
+        recorder.end(getattr(output, "logits", None), whole=output is not None)
 
     handles = [
         model.register_forward_pre_hook(untraced(begin), with_kwargs=True),
@@ -46,7 +47,8 @@ def listening(model: nn.Module, taps: Mapping[int, Tap], recorder: Recorder) -> 
     ]
     try:
         listen(taps, UntracedListener(recorder))
-        yield
+        with heard(model, recorder.generating):
+            yield
     finally:
         listen(taps, None)
         for handle in handles:

@@ -117,12 +117,12 @@ def parting(rows: Mapping[int, Mapping[str, float]], bound: float) -> str:
 
 def _compare(adapter: MixerAdapter, emitted: _Emitted, rows: dict[int, dict[str, float]]) -> Callable[..., None]:
     def after(_mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = args[0] if args else kwargs[adapter.takes]
         mask = kwargs.get("attention_mask")
         valid = None if mask is None else mask.bool()
         executed = emitted.calls.pop(adapter.layer).tensors
         with held(adapter.mixer):
-            native = type(adapter.mixer).forward(adapter.mixer, hidden, attention_mask=mask)
+            native = adapter.native(hidden, **adapter.masks(mask))
         with held(adapter.mixer):
             oracle = adapter.oracle(adapter.taken(hidden), valid)
         out, native = adapter.given(out), adapter.given(native)

@@ -1,22 +1,20 @@
 """The probe: attach to a live model, record, edit, compare, detach."""
 
-import json
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from os import PathLike
 from typing import Any
 
-import numpy as np
 import torch
 import xarray as xr
 from torch import nn
 
 from mamba_probe import provenance
-from mamba_probe.attaching import check_editable, check_free_to_attach, chosen_backend
+from mamba_probe.attaching import check_free_to_attach, chosen_backend, torch_model
 from mamba_probe.estimate import Estimate, estimate
-from mamba_probe.hooks import Edit
-from mamba_probe.inputs import ModelInput, checked_input
+from mamba_probe.experiments import Experiments
+from mamba_probe.inputs import checked_input
 from mamba_probe.jacobian import measure_jacobian
 from mamba_probe.keeping import KEEPS
 from mamba_probe.listening import kept, listen, listening
@@ -25,7 +23,6 @@ from mamba_probe.mixers.offload import place
 from mamba_probe.parity import measure_parity
 from mamba_probe.planning import checked_plan, grouped
 from mamba_probe.recorder import Plan, Recorder
-from mamba_probe.tasks import Task
 from mamba_probe.trace.contract import unknown_name
 from mamba_probe.trace.schema import DEFAULT_VARIABLES
 from mamba_probe.trace.store import check_free
@@ -39,7 +36,8 @@ def attach(model: nn.Module, *, backend: str = "auto") -> "Probe":
 
     Args:
         model: holds mixers of one of transformers' ten Mamba families, or blocks of `mamba_probe.blocks` (the table is
-            docs/supported.md): a language model, its backbone, or a bare mixer.
+            docs/supported.md): a language model, its backbone, or a bare mixer; as nnsight or TransformerLens wraps it
+            too (docs/interop.md).
         backend: of our scan: "auto" (triton on a GPU, cpu elsewhere), "cpu", "naive" or "triton".
 
     Returns:
@@ -71,17 +69,15 @@ def detach(model: nn.Module) -> None:
     >>> mp.attach(model).attached
     True
     """
-    for adapter in find_mixers(model):
+    for adapter in find_mixers(torch_model(model)):
         adapter.release()
 
 
-class Probe(AbstractContextManager["Probe"]):
+class Probe(Experiments):
     """An attached probe. Made by `attach`."""
 
     def __init__(self, model: nn.Module, *, backend: str = "auto"):
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"attach takes a live torch module; got {type(model).__name__}: load it with mp.load(...)")
-        self.model = model
+        self.model = model = torch_model(model)
         self._parity_error: float | str = "not measured"
         self._adapters = find_mixers(model)
         check_free_to_attach(self._adapters)
@@ -258,8 +254,8 @@ class Probe(AbstractContextManager["Probe"]):
             store has, every call that was whole.
 
         Raises:
-            ValueError: wrong names, reordered rows (beam search), non-finite values (found when the model call has
-                come through all recorded layers), an existing store.
+            ValueError: wrong names, rows that continue no recorded ones, a recorded layer that did not run, non-finite
+                values (found when the model call has come through all recorded layers), an existing store.
         """
         self._check_attached()
         if keep not in KEEPS:
@@ -287,68 +283,7 @@ class Probe(AbstractContextManager["Probe"]):
         }
         return Recorder(plan, statics, attrs, keep)
 
-    # -- experiments ---------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def edit(self, *edits: Edit) -> Iterator["Probe"]:
-        """Apply `edits` (see `mp.freeze`, `mp.ablate`) to every call inside the block; blocks nest.
-
-        Raises:
-            ValueError: not an edit, or a layer that is not probed.
-        """
-        self._check_attached()
-        for edit in edits:
-            if not isinstance(edit, Edit):
-                raise ValueError(f"edit takes mp.freeze(...) and mp.ablate(...); got {edit!r}")
-            if edit.layer is not None and edit.layer not in self._taps:
-                raise unknown_name("layer", edit.layer, [str(layer) for layer in self.layers])
-            check_editable(edit, self._adapters)
-        before = {layer: list(tap.edits) for layer, tap in self._taps.items()}
-        for layer, tap in self._taps.items():
-            tap.edits += [edit for edit in edits if edit.layer in (None, layer)]
-        try:
-            yield self
-        finally:
-            for layer, tap in self._taps.items():
-                tap.edits = before[layer]
-
-    def intervene(
-        self, task: Task, edits: Sequence[Edit | Sequence[Edit]], *, batch_size: int | None = None
-    ) -> xr.Dataset:
-        """Answers of the model to a task under each edit, and under none.
-
-        Args:
-            task: a generated task (`mp.tasks.mqar(...)`).
-            edits: one entry an intervention: an edit, or several applied together.
-
-        Returns:
-            n_correct and n_query over `intervention`, whose first entry is "none".
-
-        Raises:
-            ValueError: not a task, an edit that `edit` refuses, or edits that are active ("none" would be edited).
-        """
-        if not isinstance(task, Task):
-            raise ValueError(f"intervene takes a Task (mp.tasks.mqar(...)); got {type(task).__name__}")
-        self._check_unedited("intervene")
-        groups = [(), *((entry,) if isinstance(entry, Edit) else tuple(entry) for entry in edits)]
-        given = checked_input(self.model, self._adapters[0].sizes.width, task, None, None, None)
-        counts = []
-        for group in groups:
-            with self.edit(*group):
-                counts.append(task.accuracy(self._predict(given, batch_size)))
-        names = ["none", *(" + ".join(map(repr, group)) for group in groups[1:])]
-        n_correct, n_query = np.array(counts).T
-        return xr.Dataset(
-            {"n_correct": ("intervention", n_correct), "n_query": ("intervention", n_query)},
-            {"intervention": np.array(names, dtype=object)},
-            provenance.of_model(self.model, "interventions")
-            | {"task": task.name, "task_params": json.dumps(task.params)},
-        )
-
-    def _predict(self, given: ModelInput, batch_size: int | None) -> np.ndarray:
-        with torch.no_grad():
-            logits = [self.model(**piece).logits.argmax(-1).cpu() for piece in given.pieces(batch_size)]
-        return torch.cat(logits).numpy()
+    # -- measurements ------------------------------------------------------------------------------------------------
 
     def jacobian(
         self, inputs: Any = None, attention_mask: Any = None, *, layer: int,

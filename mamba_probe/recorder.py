@@ -1,11 +1,13 @@
 """The recorder: takes what the taps hand over while a model runs and makes one trace of it.
 
 A call without a cached state begins new rows (`batch`); a call that carries a state in continues the rows before it,
-so that `generate()` becomes one sequence a row: its prefill and every step.
+so that `generate()` becomes one sequence a row: its prefill and every step. Which earlier row a row continues is told
+by its state (`mamba_probe.lineage`), which of a step's tokens are padding by `mamba_probe.generating`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -14,9 +16,12 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from mamba_probe.generating import Ended
 from mamba_probe.keeping import Courier, Kept
 from mamba_probe.kernels.emission import EMITTABLE, Emit
 from mamba_probe.mixers import Call, Sizes
+from mamba_probe.rows import OpenCall, Rows
+from mamba_probe.trace.contract import DIRECTED
 from mamba_probe.trace.schema import VARIABLES
 
 __all__ = ["Plan", "Recorder"]
@@ -32,43 +37,10 @@ class Plan:
     tokens: tuple[int, ...] | None = None
     channels: tuple[int, ...] | None = None
 
-    @property
+    @cached_property
     def steps(self) -> tuple[str, ...]:
         """The variables with a token dimension."""
         return tuple(name for name in self.variables if not VARIABLES[name].static(self.sizes.family))
-
-
-@dataclass
-class _Rows:
-    """The rows that one fresh call began, and every whole call that continued them."""
-
-    batch: int
-    call: int
-    length: int = 0
-    n_valid: np.ndarray | int = 0
-    calls: list[Kept] = field(default_factory=list)
-    coords: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    sums: dict[int, Tensor] = field(default_factory=dict)
-    """delta_cumsum at the last token, by layer."""
-    state_out: Tensor | None = None
-
-
-@dataclass
-class _Open:
-    """The model call under way; it enters its rows once its last layer has come."""
-
-    rows: _Rows
-    length: int
-    keep: list[int] | slice
-    kept: Kept
-    mask: Tensor | None
-    continues: bool
-    valid: np.ndarray = field(default_factory=lambda: np.ones(0, bool))
-    """(batch, token), read from the device once the call is whole."""
-    start: int = 0
-    seen: set[int] = field(default_factory=set)
-    sums: dict[int, Tensor] = field(default_factory=dict)
-    state_out: Tensor | None = None
 
 
 class Recorder:
@@ -80,11 +52,14 @@ class Recorder:
 
     def __init__(self, plan: Plan, statics: dict[str, np.ndarray], attrs: dict[str, Any], keep: str = "host"):
         self._plan, self._statics, self._attrs, self._keep = plan, statics, attrs, keep
+        names = tuple(name for name in plan.steps if name in EMITTABLE)
+        self._emit = Emit(names, channels=plan.channels)
         self._courier = Courier()
-        self._blocks: list[_Rows] = []
-        self._open: _Open | None = None
+        self._blocks: list[Rows] = []
+        self._open: OpenCall | None = None
         self._ids: Tensor | None = None
         self._kept_logits: int | Tensor = 0
+        self._ended: Ended | None = None
         self._edits: dict[str, None] = {}
         self._calls = 0
         self._dataset: xr.Dataset | None = None
@@ -134,14 +109,25 @@ class Recorder:
         """A model call starts, with these ids (None: hidden states, or unknown) and `logits_to_keep`."""
         self._open, self._ids, self._kept_logits = None, input_ids, kept_logits
 
-    def end(self, logits: Tensor | None) -> None:
-        """A model call is over, or broke off: note what it would answer where it gave logits.
+    def generating(self, ended: Ended | None) -> None:
+        """A `generate()` begins, whose padding this tells from tokens (None: it knows no end), or is over (None)."""
+        self._ended = ended
+
+    def end(self, logits: Tensor | None, whole: bool) -> None:
+        """A model call is over, `whole` or broken off: note what it would answer where it gave logits.
 
         Raises:
-            ValueError: logits of valid tokens that are NaN or infinite.
+            ValueError: a recorded layer that did not run in a whole call; logits of valid tokens that are NaN or
+                infinite.
         """
         call, self._open, self._ids = self._open, None, None
-        if call is None or logits is None or len(call.seen) < len(self._plan.layers):
+        missing = [] if call is None else [layer for layer in self._plan.layers if layer not in call.seen]
+        if whole and missing:
+            raise ValueError(
+                f"layer(s) {', '.join(map(str, missing))} did not run in this call of the model, which is not kept:"
+                " record those that do, layers=[...]"
+            )
+        if call is None or logits is None or missing:
             return
         where = np.arange(call.length)
         if isinstance(self._kept_logits, Tensor):
@@ -160,6 +146,8 @@ class Recorder:
     def close(self) -> None:
         """The block is left: `dataset` is the trace of every whole call, where there was one."""
         self._closed, self._open = True, None
+        if self._blocks:
+            self._blocks[-1].let_go()
         self._courier.wait()
 
     # -- from the taps -------------------------------------------------------------------------------------------
@@ -168,9 +156,10 @@ class Recorder:
         """See `mamba_probe.mixers.tap.Listener`."""
         if layer not in self._plan.layers:
             return None
+        if self._plan.tokens is None:
+            return self._emit
         start = self._blocks[-1].length if continues and self._blocks else 0
-        names = tuple(name for name in self._plan.steps if name in EMITTABLE)
-        return Emit(names, tokens=self._within(start, length), channels=self._plan.channels)
+        return replace(self._emit, tokens=self._within(start, length))
 
     def receive(self, call: Call) -> None:
         """See `mamba_probe.mixers.tap.Listener`."""
@@ -178,27 +167,26 @@ class Recorder:
             return
         if self._open is None or call.layer in self._open.seen:
             self._open = self._started(call)
-        if any(edit.startswith("ablate(decay") for edit in call.edits):
-            self._check_decay(call.layer)
+        for edit in call.edits:
+            if edit.startswith("ablate(decay") or "(A_bar" in edit or edit.endswith("hook_A_bar)"):
+                self._check_decay(call.layer, edit)
         under_way = self._open
         self._edits |= dict.fromkeys(call.edits)
-        if call.layer == self._plan.layers[0]:
-            _check_continuity(call, under_way.rows.state_out)
-            under_way.state_out = call.state_out
         with torch.no_grad():
-            under_way.kept.put(call.layer, {name: self._own(call, name, under_way) for name in self._plan.steps})
-        under_way.seen.add(call.layer)
+            under_way.put(call, {name: self._own(call, name, under_way) for name in self._plan.steps})
         if len(under_way.seen) == len(self._plan.layers):
             self._commit(under_way)
 
-    def _check_decay(self, layer: int) -> None:
-        """Refuse constants of the weights that an ablated decay contradicts."""
+    def _check_decay(self, layer: int, edit: str) -> None:
+        """Refuse constants of the weights that an edited decay contradicts."""
         constant = [name for name in ("A", "A_bar") if name in self._plan.variables and name not in self._plan.steps]
         if constant:
+            gone = edit.startswith("ablate")
             other = "A_bar is 1 there, and constant" if "A_bar" in constant else "record A_bar in place of A"
+            what = "A_bar is 1" if gone else "A_bar is another"
             raise ValueError(
-                f"layer {layer}: under ablate(decay) A_bar is 1 whatever A says, so {' and '.join(constant)} of the"
-                f" weights would be wrong in the trace: {other}"
+                f"layer {layer}: under {edit.partition(', layer')[0].rstrip(')')}) {what} whatever A says, so"
+                f" {' and '.join(constant)} of the weights would be wrong in the trace: {other}"
             )
 
     def _within(self, start: int, length: int) -> tuple[int, ...] | None:
@@ -206,7 +194,7 @@ class Recorder:
             return None
         return tuple(token - start for token in self._plan.tokens if start <= token < start + length)
 
-    def _started(self, call: Call) -> _Open:
+    def _started(self, call: Call) -> OpenCall:
         batch, length = call.tensors["out"].shape[:2]
         if call.continues and length > 1 and call.state_in is None:
             raise ValueError(
@@ -219,7 +207,7 @@ class Recorder:
                 f"layer {call.layer}: this call continues a cached sequence whose beginning was not recorded, so its"
                 " positions and sums are unknown. Open the recording before the prompt runs."
             )
-        rows = self._blocks[-1] if call.continues else _Rows(batch, self._calls)
+        rows = self._blocks[-1] if call.continues else self._fresh(batch)
         if rows.batch != batch:
             raise ValueError(
                 f"a call with {batch} rows continues a recording of {rows.batch}: rows were dropped or repeated"
@@ -228,38 +216,26 @@ class Recorder:
         selected = self._within(rows.length, length)
         keep = slice(None) if selected is None else list(selected)
         kept = Kept(self._plan.layers, self._courier, self._keep)
-        return _Open(rows, length, keep, kept, call.valid, call.continues, start=rows.length)
+        return OpenCall(rows, length, keep, kept, call.valid, call.continues, start=rows.length)
 
-    def _commit(self, call: _Open) -> None:
+    def _fresh(self, batch: int) -> Rows:
+        first = self._blocks[-1].first + self._blocks[-1].batch if self._blocks else 0
+        return Rows(batch, self._calls, first, np.zeros(batch, np.int64))
+
+    def _commit(self, call: OpenCall) -> None:
         """The call is whole: what it waits for from the device is waited for here, once."""
         rows = call.rows
-        shape = rows.batch, call.length
-        call.valid = np.ones(shape, bool) if call.mask is None else call.mask.cpu().numpy()
+        call.complete(self._ids, self._ended)
         for layer, name in call.kept.suspects():
             _check_finite(call.kept.array(layer, name), call.valid[:, call.keep], name, layer, rows.length)
-        if not self._blocks or self._blocks[-1] is not rows:
+        if not call.continues:
+            if self._blocks:
+                self._blocks[-1].let_go()
             self._blocks.append(rows)
-        rows.calls.append(call.kept)
-        for name, value in self._coords(call).items():
-            rows.coords.setdefault(name, []).append(value[:, call.keep])
-        rows.n_valid = rows.n_valid + call.valid.sum(axis=1)
-        rows.length += call.length
-        rows.sums, rows.state_out = call.sums, call.state_out
+        call.enter()
         self._calls += 1
 
-    def _coords(self, call: _Open) -> dict[str, np.ndarray]:
-        shape, valid = call.valid.shape, call.valid
-        ids = self._ids if self._ids is not None and tuple(self._ids.shape) == shape else None
-        before = np.broadcast_to(call.rows.n_valid, shape[:1])
-        return {
-            "valid": valid,
-            "phase": np.where(valid, "decode" if call.continues and call.length == 1 else "prefill", ""),
-            "token_id": np.full(shape, -1) if ids is None else ids.cpu().numpy(),
-            "position": np.where(valid, before[:, None] + np.cumsum(valid, axis=1) - 1, -1),
-            "prediction": np.full(shape, -1),
-        }
-
-    def _own(self, call: Call, name: str, under_way: _Open) -> Tensor:
+    def _own(self, call: Call, name: str, under_way: OpenCall) -> Tensor:
         """What was recorded of one variable: selected, and a tensor that nothing else writes to."""
         tensor = call.tensors[name].detach()
         if name not in EMITTABLE:  # x, z, u, out: the model's, not the scan's to select
@@ -269,22 +245,7 @@ class Recorder:
             tensor = tensor.clone()
         if self._plan.sizes.family != "mamba2" and name in ("x", "z", "y", "h"):
             tensor = tensor[:, :, :, 0]
-        if name == "delta_cumsum":
-            earlier = under_way.rows.sums.get(call.layer)
-            tensor = tensor if earlier is None else tensor + earlier
-            under_way.sums[call.layer] = tensor[:, -1:].clone()
         return tensor
-
-
-def _check_continuity(call: Call, before: Tensor | None) -> None:
-    """The state that comes in must be the one that went out: else rows are no sequences (beam search)."""
-    if call.state_in is None or before is None:
-        return
-    if not torch.allclose(call.state_in.to(before.dtype), before, rtol=1e-2, atol=1e-6):
-        raise ValueError(
-            f"layer {call.layer}: the state of this step is not the one the last step left: rows were"
-            " reordered (beam search?) or the cache was edited. Record with num_beams=1."
-        )
 
 
 def _check_finite(array: np.ndarray, valid: np.ndarray, name: str, layer: int, start: int) -> None:
@@ -302,7 +263,7 @@ def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _assemble(
-    plan: Plan, blocks: list[_Rows], statics: dict[str, np.ndarray], attrs: dict[str, Any], courier: Courier
+    plan: Plan, blocks: list[Rows], statics: dict[str, np.ndarray], attrs: dict[str, Any], courier: Courier
 ) -> xr.Dataset:  # fmt: skip
     """One Dataset from all rows: shorter rows and padding are NaN, with `valid` False."""
     family = plan.sizes.family
@@ -314,7 +275,7 @@ def _assemble(
         spec = VARIABLES[name]
         values = _steps(name, blocks, shape, coords["valid"], courier) if name in plan.steps else statics[name]
         text = {"long_name": spec.long_name, "units": spec.units, "symbol": spec.symbol}
-        data[name] = (spec.dims(family), values, text)
+        data[name] = (plan.sizes.dims(name), values, text)
     known = {name: value for name, value in coords.items() if name in ("valid", "phase") or (value != -1).any()}
     per_row = {"prompt_id": np.arange(shape[0]), "call": np.repeat([b.call for b in blocks], [b.batch for b in blocks])}
     index = {
@@ -323,17 +284,20 @@ def _assemble(
         "head" if family == "mamba2" else "channel": list(
             range(plan.sizes.n_heads) if plan.channels is None else plan.channels
         ),
+        "direction": np.array(plan.sizes.directions, dtype=object),
     }
     dims = {dim for named, *_ in data.values() for dim in named}
+    if "direction" in dims:
+        attrs = attrs | {DIRECTED: len(plan.sizes.directions)}
     labelled: dict[str, Any] = {name: (("batch", "token"), value) for name, value in known.items()}
     labelled |= {name: ("batch", value) for name, value in per_row.items()}
     return xr.Dataset(data, labelled | {dim: value for dim, value in index.items() if dim in dims}, attrs)
 
 
-_ABSENT = {"valid": False, "phase": "", "token_id": -1, "position": -1, "prediction": -1}
+_ABSENT = {"valid": False, "phase": "", "token_id": -1, "position": -1, "prediction": -1, "parent_row": -1}
 
 
-def _coord(name: str, blocks: list[_Rows], starts: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def _coord(name: str, blocks: list[Rows], starts: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     full = np.full(shape, _ABSENT[name], dtype={"valid": bool, "phase": "<U7"}.get(name, np.int64))
     for block, start in zip(blocks, starts, strict=False):
         joined = _joined(block.coords[name])
@@ -341,7 +305,7 @@ def _coord(name: str, blocks: list[_Rows], starts: np.ndarray, shape: tuple[int,
     return full.astype(object) if name == "phase" else full
 
 
-def _steps(name: str, blocks: list[_Rows], shape: tuple[int, int], valid: np.ndarray, courier: Courier) -> np.ndarray:
+def _steps(name: str, blocks: list[Rows], shape: tuple[int, int], valid: np.ndarray, courier: Courier) -> np.ndarray:
     """(layer, batch, token, ...): of one call the array it was copied to, of more a new one."""
     calls = [call.take(name) for block in blocks for call in block.calls]
     if len(calls) > 1:
@@ -353,7 +317,7 @@ def _steps(name: str, blocks: list[_Rows], shape: tuple[int, int], valid: np.nda
     return full
 
 
-def _laid_out(calls: list[np.ndarray], blocks: list[_Rows], shape: tuple[int, int]) -> np.ndarray:
+def _laid_out(calls: list[np.ndarray], blocks: list[Rows], shape: tuple[int, int]) -> np.ndarray:
     """Rows under one another, the calls of a row side by side."""
     full = np.full((len(calls[0]), *shape, *calls[0].shape[3:]), np.nan, dtype=calls[0].dtype)
     parts, row = iter(calls), 0

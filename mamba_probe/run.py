@@ -19,7 +19,7 @@ import xarray as xr
 from torch import nn
 
 from mamba_probe import blocks, tasks
-from mamba_probe.hooks import ablate, freeze
+from mamba_probe.edits import ablate, freeze
 from mamba_probe.mixers.offload import place
 from mamba_probe.probe import Probe, attach
 from mamba_probe.tasks import Task

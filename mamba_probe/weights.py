@@ -1,6 +1,7 @@
 """Static weights as data: what signatures need besides a trace, by our names."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,20 +44,27 @@ def read_weights(
         for name, (dims, _) in each[0].items()
     }
     sizes = chosen[0].sizes
+    index: dict[str, Any] = {"layer": [adapter.layer for adapter in chosen]}
+    if sizes.directions:
+        index["direction"] = np.array(sizes.directions, dtype=object)
     attrs = provenance.of_model(model, "weights") | {
         "family": sizes.family,
         "n_heads": sizes.n_heads,
         "n_groups": sizes.n_groups,
     }
-    return xr.Dataset(data | _readout(model), {"layer": [adapter.layer for adapter in chosen]}, attrs)
+    return xr.Dataset(data | _readout(model, sizes.width), index, attrs)
 
 
-def _readout(model: nn.Module) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
-    """Unembedding, with the logits' own multiplier, and final norm of a language model; nothing for a bare mixer."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+def _readout(model: nn.Module, width: int) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+    """Unembedding, with the logits' own multiplier, and final norm of a language model; nothing for a bare mixer.
+
+    Those that act on other features than a mixer's `width` are left out: Caduceus' with reverse complements.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: getattr(model, "lm_head", None))()
     core = getattr(model, getattr(model, "base_model_prefix", "backbone"), model)
+    core = getattr(core, "backbone", core)
     norms = [getattr(core, name, None) for name in FINAL_NORMS if hasattr(core, "layers")]
-    norm = next((norm for norm in norms if norm is not None), None)
+    norm = next((norm for norm in norms if hasattr(norm, "weight")), None)
     found = {}
     if head is not None:
         config = getattr(model, "config", None)
@@ -69,7 +77,7 @@ def _readout(model: nn.Module) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
             found["norm_f"] = (("model",), _host(norm.weight))
             if getattr(norm, "bias", None) is not None:  # no RMS norm
                 found["norm_f_bias"] = (("model",), _host(norm.bias))
-    return found
+    return {name: labelled for name, labelled in found.items() if labelled[1].shape[-1] == width}
 
 
 def _of(adapter: MixerAdapter, read: Callable[[], dict[str, Labelled]]) -> dict[str, Labelled]:

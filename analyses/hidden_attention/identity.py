@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 
 from mamba_probe.analyses.common import Canonical
 from mamba_probe.analyses.hidden_attention.stream import Block
+from mamba_probe.trace.contract import check_same_direction
 
 __all__ = ["TOLERANCE", "Identity"]
 
@@ -84,6 +85,7 @@ class Identity:
 def _skip(view: Canonical, weights: xr.Dataset) -> Float[np.ndarray, "layer head skip"]:
     if "D" not in weights:
         raise ValueError(f"weights lack D; they hold {sorted(map(str, weights.data_vars))}: pass probe.weights()")
+    check_same_direction(view.trace, weights)
     hashes = [data.attrs.get("model_hash") for data in (view.trace, weights)]
     if None not in hashes and hashes[0] != hashes[1]:
         raise ValueError(f"weights are of another model: model_hash {hashes[1]}, the trace's is {hashes[0]}")

@@ -168,21 +168,21 @@ def written(
 
 
 def gated_output(
-    read: Float[np.ndarray, "head head_channel"], reader: Reader, skip: Float[np.ndarray, " head"]
+    read: Float[np.ndarray, "head head_channel"], reader: Reader, skip: Float[np.ndarray, "head ..."]
 ) -> Float[np.ndarray, "head head_channel"]:
     """The input of `out_proj` at one token, or of the gated norm before it: SiLU(z_t) (sum_{s<=t} written_s + D x_t).
 
     Args:
         read: the sum of `written` over all sources up to and with the token.
         reader: the token.
-        skip: D.
+        skip: D, by head or by head and head_channel.
 
     >>> one, step = np.ones((2, 1, 1)), np.ones((2, 1))
     >>> prompt = Prompt(step, np.cumsum(step, axis=0), A=np.zeros((1, 1)), B=one, C=one, x=one, z=50 * one)
     >>> gated_output(written(prompt.run, prompt.reader(1), slice(2)).sum(axis=0), prompt.reader(1), np.array([3.0]))
     array([[250.]])
     """
-    return np.asarray(silu(reader.z)) * (read + skip[:, None] * reader.x)
+    return np.asarray(silu(reader.z)) * (read + skip.reshape(len(skip), -1) * reader.x)
 
 
 def identity_error(

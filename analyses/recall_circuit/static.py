@@ -8,6 +8,7 @@ from jaxtyping import Float
 
 from mamba_probe.analyses.common import Canonical
 from mamba_probe.analyses.recall_circuit.core import tap_mass
+from mamba_probe.trace.contract import check_same_direction
 
 __all__ = ["LayerWeights", "check_weights", "layer_weights"]
 
@@ -57,13 +58,13 @@ class LayerWeights:
 
     Attributes:
         out_proj: mixer output from the gated scan output; a gated norm's weight is multiplied in (its scale is frozen).
-        skip: D.
+        skip: D, by head or by head and head_channel.
         norm_groups: groups of the gated norm before `out_proj`, as many as B has; 0: no norm.
         paths: by what they feed: B, C and x; S4D: x.
     """
 
     out_proj: Float[np.ndarray, "model head head_channel"]
-    skip: Float[np.ndarray, " head"]
+    skip: Float[np.ndarray, "head ..."]
     norm_groups: int
     paths: dict[str, Path]
 
@@ -81,6 +82,7 @@ def check_weights(weights: xr.Dataset | None, canonical: Canonical) -> xr.Datase
     """
     if weights is None:
         raise ValueError("recall_circuit needs weights for S1, S3, S7, S9 and S10: pass weights=probe.weights()")
+    check_same_direction(canonical.trace, weights)
     missing = [name for name in NEEDED[canonical.trace.attrs["family"]] if name not in weights]
     if missing:
         raise ValueError(
@@ -95,6 +97,12 @@ def check_weights(weights: xr.Dataset | None, canonical: Canonical) -> xr.Datase
         raise ValueError(
             "recall_circuit reads values out through an RMS norm: expected `norm_f` alone, got `norm_f_bias`; a"
             " norm with a bias subtracts the mean. Measure a model that ends in an RMS norm"
+        )
+    if "norm_before_gate" in weights:
+        raise ValueError(
+            "recall_circuit freezes the norm that follows a mixer's gate: expected `norm` or none, got"
+            " `norm_before_gate`, whose scale is that of what is not gated yet. Measure a model whose norm follows its"
+            " gate"
         )
     biased = [name for name in map(str, weights) if name.startswith(BIASES) and bool((weights[name] != 0).any())]
     if biased:

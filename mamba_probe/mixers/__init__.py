@@ -4,14 +4,18 @@ from torch import nn
 
 from mamba_probe.mixers.bamba import BambaAdapter, GraniteMoeHybridAdapter, NemotronHAdapter, Zamba2Adapter
 from mamba_probe.mixers.base import MixerAdapter, Sizes
+from mamba_probe.mixers.caduceus import BiMambaAdapter, RCPSAdapter
 from mamba_probe.mixers.falcon_h1 import FalconH1Adapter
 from mamba_probe.mixers.falcon_mamba import FalconMambaAdapter
+from mamba_probe.mixers.fla import FlaMamba2Adapter, FlaMambaAdapter
 from mamba_probe.mixers.jamba import JambaAdapter
 from mamba_probe.mixers.mamba import MambaAdapter
 from mamba_probe.mixers.mamba2 import Mamba2Adapter
+from mamba_probe.mixers.mamba_ssm import MambaSsm2Adapter, MambaSsmAdapter
 from mamba_probe.mixers.own import OwnMamba2Adapter, OwnMambaAdapter, S4DAdapter
 from mamba_probe.mixers.s4d_layer import S4DLayerAdapter
 from mamba_probe.mixers.tap import Call, Listener, Tap
+from mamba_probe.mixers.vim import VimAdapter
 from mamba_probe.mixers.zamba import ZambaAdapter
 
 __all__ = ["ADAPTERS", "Call", "Listener", "MixerAdapter", "Sizes", "Tap", "find_mixers"]
@@ -20,12 +24,14 @@ ADAPTERS: tuple[type[MixerAdapter], ...] = (
     MambaAdapter, FalconMambaAdapter, JambaAdapter, ZambaAdapter,
     Mamba2Adapter, BambaAdapter, Zamba2Adapter, GraniteMoeHybridAdapter, NemotronHAdapter, FalconH1Adapter,
     OwnMambaAdapter, OwnMamba2Adapter, S4DAdapter, S4DLayerAdapter,
+    RCPSAdapter, BiMambaAdapter, VimAdapter,
+    MambaSsmAdapter, MambaSsm2Adapter, FlaMambaAdapter, FlaMamba2Adapter,
 )  # fmt: skip
 
 _PATHS = [adapter.class_path for adapter in ADAPTERS]
 
-NOT_YET = ("Mamba", "Mamba2")
-"""State-space mixers that later versions take over; refused by name until then."""
+REFUSED = ("Mamba2Simple", "LogLinearMamba2")
+"""Mixers of mamba_ssm and fla that are like supported ones, and are refused by name, as is any Mamba3."""
 
 
 def find_mixers(model: nn.Module) -> list[MixerAdapter]:
@@ -34,13 +40,16 @@ def find_mixers(model: nn.Module) -> list[MixerAdapter]:
     Raises:
         ValueError: no state-space layer at all, or one of a family that is not supported (named).
     """
-    found, refused = [], set()
+    found, refused, inside = [], set(), set()
     for name, module in model.named_modules():
+        if module in inside:  # of a mixer that was found
+            continue
         adapter = next((adapter for adapter in ADAPTERS if adapter.matches(module)), None)
         kind = type(module).__name__
         if adapter is not None:
             found.append(adapter(module, name, len(found)))
-        elif "mamba3" in kind.lower() or "A_log" in module._parameters or (_of_a_library(module) and kind in NOT_YET):
+            inside |= set(module.modules())
+        elif "mamba3" in kind.lower() or "A_log" in module._parameters or kind in REFUSED:
             refused.add(f"{kind} ({type(module).__module__})")
     supported = ", ".join(f"{name} of {module.split('.models.')[0]}" for module, name in _PATHS)
     if refused:
@@ -48,7 +57,3 @@ def find_mixers(model: nn.Module) -> list[MixerAdapter]:
     if not found:
         raise ValueError(f"{type(model).__name__} has no state-space layer to probe. Supported: {supported}.")
     return found
-
-
-def _of_a_library(module: nn.Module) -> bool:
-    return type(module).__module__.split(".")[0] in ("transformers", "mamba_ssm", "transformers_modules")

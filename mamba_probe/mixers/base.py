@@ -4,16 +4,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import Signature, signature
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mamba_probe.hooks import ABLATABLE
+from mamba_probe.edits import EDITABLE
+from mamba_probe.hooks import SCAN
 from mamba_probe.kernels.scan import BACKENDS
 from mamba_probe.mixers.linear import affine
-from mamba_probe.mixers.offload import seat
+from mamba_probe.mixers.seat import clear, seat, seated
 from mamba_probe.mixers.takeover import innermost, rebind
 from mamba_probe.mixers.tap import Call, Tap
 from mamba_probe.trace.schema import VARIABLES
@@ -35,6 +36,12 @@ class Sizes:
     n_states: int
     width: int
     gated: bool = True
+    directions: tuple[str, ...] = ()
+    """Of a layer that scans in several, their names; see `mamba_probe.trace.schema.DIRECTIONS`."""
+
+    def dims(self, name: str) -> tuple[str, ...]:
+        """Dimensions of a variable in a trace of such layers; none where they have no such variable."""
+        return VARIABLES[name].dims(self.family, bool(self.directions))
 
     @property
     def variables(self) -> tuple[str, ...]:
@@ -45,7 +52,8 @@ class Sizes:
         if self.family != "mamba2":
             groups = f" in {self.n_groups} groups" if self.family == "mamba" and self.n_groups > 1 else ""
             gate = "" if self.gated else ", no gate"
-            return f"{self.family}: {self.n_heads} channels{groups}, state {self.n_states}{gate}"
+            ways = f", {len(self.directions)} directions" if self.directions else ""
+            return f"{self.family}: {self.n_heads} channels{groups}, state {self.n_states}{gate}{ways}"
         return f"mamba2: {self.n_heads} heads of {self.head_channels}, {self.n_groups} group(s), state {self.n_states}"
 
 
@@ -59,13 +67,20 @@ class MixerAdapter(ABC):
     class_path: ClassVar[tuple[str, str]]
     family: ClassVar[str]
     discretization: ClassVar[str] = "euler"
-    editable: ClassVar[tuple[str, ...]] = ABLATABLE
+    editable: ClassVar[tuple[str, ...]] = EDITABLE
     backends: ClassVar[tuple[str, ...]] = BACKENDS
+    hooked: ClassVar[tuple[str, ...]] = tuple(SCAN.values())
+    """Quantities of its scan that have a hook point."""
+    takes: ClassVar[str] = "hidden_states"
+    """What its forward calls the hidden states."""
+    in_stream: ClassVar[bool] = True
+    """Whether the block around it takes and gives the residual stream, and not a part of it."""
 
     def __init__(self, mixer: nn.Module, name: str, place: int = 0):
         self.mixer: Any = mixer
         self.name = name
-        self.layer = int(getattr(mixer, "layer_idx", place))
+        number = getattr(mixer, "layer_idx", None)
+        self.layer = place if number is None else int(number)
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
@@ -114,48 +129,73 @@ class MixerAdapter(ABC):
         """The output (batch, token, model), of what the mixer's forward returns."""
         return returned
 
+    def opened(self, given: Mapping[str, Any]) -> Call:
+        """A Call for what its forward was given, by name."""
+        cache, mask = given.get("cache_params"), given.get("attention_mask")
+        continues = cache is not None and cache.has_previous_state(self.layer)
+        return Call(self.layer, None if mask is None else mask.bool(), continues)
+
+    def masks(self, mask: Tensor | None) -> dict[str, Any]:
+        """What its forward is called with for an attention mask."""
+        return {"attention_mask": mask}
+
+    def native(self, hidden: Tensor, **options: Any) -> Any:
+        """What the library's own forward makes of hidden states, while a tap stands in the mixer too."""
+        return type(self.mixer).forward(self.mixer, hidden, **options)
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """Projections that its forward calls as modules, so that hooks on them fire."""
+        return tuple(name for name in ("in_proj", "x_proj") if isinstance(getattr(self.mixer, name, None), nn.Module))
+
+    @property
+    def plain(self) -> bool:
+        """Whether it takes and gives (batch, token, model)."""
+        return type(self).taken is MixerAdapter.taken
+
+    @property
+    def parts(self) -> tuple["MixerAdapter", ...]:
+        """Adapters of the mixers inside this one, where it is made of such."""
+        return ()
+
+    def seen(self, tap: Tap) -> Any:
+        """What its forward is given as `self`."""
+        return self.mixer
+
     def take_over(self, tap: Tap) -> None:
         """Put `tap` in the place of the mixer's scan; `release` undoes it."""
         forward = type(self.mixer).forward
         assert isinstance(forward, FunctionType)
         bound = rebind(forward, self.replacements(tap, innermost(forward).__globals__))
-        tapped = _tapped(bound, tap, signature(forward), self)
-        setattr(self.mixer, seat(self.mixer), MethodType(tapped, self.mixer))
+        seat(self.mixer, _tapped(bound, tap, signature(forward), self))
 
     @property
     def tap(self) -> Tap | None:
         """The tap that stands in the mixer, of whichever probe."""
-        return getattr(self.mixer.__dict__.get(seat(self.mixer)), "tap", None)
+        return getattr(seated(self.mixer), "tap", None)
 
     def release(self) -> None:
         """Restore the library's own forward; a mixer that is not taken stays as it is."""
-        if self.tap is None:
-            return
-        if seat(self.mixer) == "forward":
-            del self.mixer.forward
-        else:
-            self.mixer._old_forward = MethodType(type(self.mixer).forward, self.mixer)
+        if self.tap is not None:
+            clear(self.mixer)
 
 
-def _tapped(forward: FunctionType, tap: Tap, takes: Signature, adapter: MixerAdapter) -> Callable[..., Any]:
+def _tapped(forward: FunctionType, tap: Tap, takes: Signature, adapter: MixerAdapter) -> FunctionType:
     """`forward` with a Call open while it runs; an exception leaves none behind. A copy of the mixer is not probed."""
 
-    owner = id(adapter.mixer)
+    owner, seen = id(adapter.mixer), adapter.seen(tap)
 
     def probed_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if id(self) != owner:
             return type(self).forward(self, *args, **kwargs)
         given = takes.bind(self, *args, **kwargs).arguments
-        cache, mask = given.get("cache_params"), given.get("attention_mask")
-        continues = cache is not None and cache.has_previous_state(self.layer_idx)
-        valid = None if mask is None else mask.bool()
-        tap.call = Call(tap.layer, valid, continues, edits=tuple(map(repr, tap.edits)))
+        call = tap.begin(adapter.opened(given), adapter.taken(given[adapter.takes]).shape[1])
         try:
-            out = forward(self, *args, **kwargs)
+            out = forward(seen, *args, **kwargs)
             if tap.listener is not None:
-                hidden = adapter.taken(given["hidden_states"])
-                tap.call.tensors |= {"u": hidden, "out": _by_token(adapter.given(out), hidden, tap.layer)}
-                tap.listener.receive(tap.call)
+                hidden = adapter.taken(given[adapter.takes])
+                call.tensors |= {"u": hidden, "out": _by_token(adapter.given(out), hidden, tap.layer)}
+                tap.listener.receive(call)
             return out
         finally:
             tap.call = None

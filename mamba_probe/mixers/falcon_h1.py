@@ -10,7 +10,6 @@ What the layer multiplies after the mixer (ssm_out_multiplier) is in neither `ou
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mamba_probe.mixers.mamba2 import Mamba2Adapter, acting_gate
@@ -48,7 +47,6 @@ class FalconH1Adapter(Mamba2Adapter):
         rows = rows * multipliers[:, None] * self.mixer.ssm_in_multiplier
         return rows, None if bias is None else bias * multipliers
 
-    def _gated(self, y: Tensor, z: Tensor) -> Tensor:
-        if self.mixer.mamba_rms_norm and self.mixer.norm.norm_before_gate:
-            return self._normed(y) * F.silu(z)
-        return super()._gated(y, z)
+    @property
+    def _norms_first(self) -> bool:
+        return self.mixer.norm.norm_before_gate

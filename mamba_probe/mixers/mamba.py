@@ -91,7 +91,7 @@ class MambaAdapter(MixerAdapter):
 
     def oracle(self, hidden: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
         mixer = self.mixer
-        x, z = F.linear(masked(hidden.double(), valid), *self.linear64("in_proj")).chunk(2, -1)
+        x, z = self._projected(hidden, valid)
         x = masked(convolved(mixer.conv1d, x), valid)
         dt, B, C = self._normed(F.linear(x, self.linear64("x_proj")[0]).split(self._sections, -1))
         result = selective_scan(
@@ -102,6 +102,10 @@ class MambaAdapter(MixerAdapter):
         assert result.emission.delta is not None
         out = F.linear(result.y[..., 0], *self.linear64("out_proj"))
         return {"delta": result.emission.delta, "B": B[:, :, None], "C": C[:, :, None], "out": out}
+
+    def _projected(self, hidden: Tensor, valid: Tensor | None) -> Sequence[Tensor]:
+        """x and z in float64 as they go on from in_proj."""
+        return F.linear(masked(hidden.double(), valid), *self.linear64("in_proj")).chunk(2, -1)
 
     def _normed(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
         """dt, B and C in float64 as dt_proj and the scan take them, from what x_proj made."""

@@ -37,6 +37,26 @@ class Mamba2Adapter(MixerAdapter):
         low, high = self.mixer.time_step_limit
         return low, high
 
+    @property
+    def _skip(self) -> Labelled:
+        """D."""
+        return ("head",), self.mixer.D
+
+    @property
+    def _norms(self) -> bool:
+        """Whether there is a norm, or a gate alone."""
+        return getattr(self.mixer.norm, "weight", None) is not None
+
+    @property
+    def _norms_first(self) -> bool:
+        """Whether the norm comes before the gate, not after it."""
+        return False
+
+    @property
+    def _epsilon(self) -> float:
+        """Of the norm."""
+        return self.mixer.norm.variance_epsilon
+
     def replacements(self, tap: Tap, module: Mapping[str, Any]) -> dict[str, Callable[..., Any]]:
         return {
             "mamba2_chunk_scan": _scan(tap),
@@ -52,9 +72,10 @@ class Mamba2Adapter(MixerAdapter):
 
     def release(self) -> None:
         if self.tap is not None:
-            for hooks in (self.mixer.norm._forward_pre_hooks, self.mixer.in_proj._forward_hooks):
-                for key in [key for key, hook in hooks.items() if hook.__module__.startswith(__package__)]:
-                    del hooks[key]
+            for part in self.mixer.modules():  # all: what we hooked may have been wrapped since
+                for hooks in (part._forward_pre_hooks, part._forward_hooks):
+                    for key in [key for key, hook in hooks.items() if hook.__module__.startswith(__package__)]:
+                        del hooks[key]
         super().release()
 
     def _watch_gate(self, tap: Tap) -> None:
@@ -72,7 +93,7 @@ class Mamba2Adapter(MixerAdapter):
         rows, bias = self._in_proj(torch.promote_types(mixer.conv1d.weight.dtype, torch.float32))
         out, out_bias = self.linear("out_proj")
         labelled = self.statics() | {
-            "D": (("head",), mixer.D),
+            "D": self._skip,
             "dt_bias": (("head",), mixer.dt_bias),
             "out_proj": (("model", "head", "head_channel"), out.unflatten(1, heads)),
         }
@@ -84,8 +105,9 @@ class Mamba2Adapter(MixerAdapter):
             labelled |= self._apart("conv_bias", mixer.conv1d.bias, ("x", "B", "C"))
         if out_bias is not None:
             labelled["out_proj_bias"] = (("model",), out_bias)
-        if "weight" in mixer.norm._parameters:
-            labelled["norm"] = (("head", "head_channel"), mixer.norm.weight.unflatten(0, heads))
+        if self._norms:
+            name = "norm_before_gate" if self._norms_first else "norm"
+            labelled[name] = (("head", "head_channel"), mixer.norm.weight.unflatten(0, heads))
         return labelled
 
     def statics(self) -> dict[str, Labelled]:
@@ -116,29 +138,36 @@ class Mamba2Adapter(MixerAdapter):
 
     def oracle(self, hidden: Tensor, valid: Tensor | None) -> dict[str, Tensor]:
         mixer, sizes, parts = self.mixer, self.sizes, self._parts()
-        projected = F.linear(masked(hidden.double(), valid), *self._in_proj(torch.float64))
-        z, xBC, dt = projected.split([parts[0], sum(parts[:3]), parts[3]], -1)
+        z, xBC, dt = self._projected(hidden, valid)
         xBC = masked(convolved(mixer.conv1d, xBC), valid)
         x, B, C = xBC.split(parts[:3], -1)
         B, C = (t.unflatten(-1, (sizes.n_groups, sizes.n_states)) for t in (B, C))
         result = selective_scan(
             x.unflatten(-1, (sizes.n_heads, sizes.head_channels)), dt, -torch.exp(double(mixer.A_log)), B, C,
-            double(mixer.D), delta_bias=double(mixer.dt_bias), delta_softplus=True, delta_limits=self._limits,
+            double(self._skip[1]), delta_bias=double(mixer.dt_bias), delta_softplus=True, delta_limits=self._limits,
             emit=Emit(("delta",)), backend="naive",
         )  # fmt: skip
         assert result.emission.delta is not None
         out = F.linear(self._gated(result.y.flatten(2), z), *self.linear64("out_proj"))
         return {"delta": result.emission.delta, "B": B, "C": C, "out": out}
 
+    def _projected(self, hidden: Tensor, valid: Tensor | None) -> Sequence[Tensor]:
+        """z, xBC and dt in float64 as they go on from in_proj."""
+        parts = self._parts()
+        projected = F.linear(masked(hidden.double(), valid), *self._in_proj(torch.float64))
+        return projected.split([parts[0], sum(parts[:3]), parts[3]], -1)
+
     def _gated(self, y: Tensor, z: Tensor) -> Tensor:
         """What enters out_proj, in float64."""
-        gated = y * F.silu(z)
-        return self._normed(gated) if "weight" in self.mixer.norm._parameters else gated
+        gate = F.silu(z)
+        if not self._norms:
+            return y * gate
+        return self._normed(y) * gate if self._norms_first else self._normed(y * gate)
 
     def _normed(self, y: Tensor) -> Tensor:
         norm = self.mixer.norm
         grouped = y.unflatten(-1, (self.sizes.n_groups, -1))
-        grouped = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+        grouped = grouped * torch.rsqrt(grouped.square().mean(-1, keepdim=True) + self._epsilon)
         return grouped.flatten(2) * double(norm.weight)
 
 
@@ -146,9 +175,11 @@ def acting_gate(tap: Tap, gate: Tensor, heads: tuple[int, int]) -> Tensor:
     """`gate` (batch, token, channel), noted on its way, and open where an edit takes it out."""
     if tap.call is None:  # a copy of the mixer, with its hooks
         return gate
+    if tap.touches("z"):
+        gate = tap.edited("z", gate.unflatten(-1, heads)).flatten(-2)
     if tap.listener is not None:
         tap.call.tensors["z"] = gate.unflatten(-1, heads)
-    return torch.full_like(gate, OPEN_GATE) if tap.touches("gate") else gate
+    return torch.full_like(gate, OPEN_GATE) if tap.taken_out("gate") else gate
 
 
 def _scan(tap: Tap) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-__all__ = ["held", "place", "refuse_absent", "seat"]
+__all__ = ["held", "place", "refuse_absent"]
 
 
 @contextmanager
@@ -50,11 +50,6 @@ def place(module: nn.Module) -> torch.device:
     hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     return torch.device(next((found for found in devices if found is not None), device))
-
-
-def seat(module: nn.Module) -> str:
-    """The attribute that holds a module's forward: inside accelerate's, where that stands around it."""
-    return "_old_forward" if "_hf_hook" in module.__dict__ and "_old_forward" in module.__dict__ else "forward"
 
 
 def refuse_absent(layer: int, what: str, given: Iterable[object]) -> None:

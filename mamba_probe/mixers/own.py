@@ -59,7 +59,8 @@ class S4DAdapter(_Own):
     class_path = ("mamba_probe.blocks", "S4DBlock")
     family = "s4d"
     discretization = "zoh"
-    editable = ("conv", "gate", "decay")
+    editable = ("conv", "gate", "decay", "x", "z", "y", "h")
+    hooked = ("x", "z", "y", "h")  # the others are constants
     backends = ("naive", "cpu")
 
     @property

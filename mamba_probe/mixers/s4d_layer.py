@@ -27,7 +27,8 @@ class S4DLayerAdapter(S4DAdapter):
     """
 
     class_path = ("mamba_probe.formats.s4d", "S4D")
-    editable = ("decay",)
+    editable = ("decay", "x", "y", "h")
+    hooked = ("x", "y", "h")
 
     @property
     def sizes(self) -> Sizes:

@@ -6,10 +6,13 @@ and multiplier code runs unchanged, other models never notice, and removing the 
 """
 
 from collections.abc import Callable, Mapping
-from types import CellType, FunctionType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
-__all__ = ["called_names", "innermost", "rebind"]
+__all__ = ["Seen", "called_names", "innermost", "rebind"]
+
+RELEASES = {"transformers": ">= 5.16", "mamba_ssm": ">= 2.2", "fla": ">= 0.6"}
+"""The releases whose mixers we know, by package."""
 
 
 def rebind(function: FunctionType, replacements: Mapping[str, Callable[..., Any]]) -> FunctionType:
@@ -23,14 +26,37 @@ def rebind(function: FunctionType, replacements: Mapping[str, Callable[..., Any]
     """
     missing = sorted(set(replacements) - called_names(function))
     if missing:
+        package = function.__module__.partition(".")[0]
         raise ValueError(
             f"{function.__module__}.{function.__qualname__} does not call {', '.join(missing)}: this release of"
-            " transformers is not supported (>= 5.16 is)"
+            f" {package} is not supported ({RELEASES.get(package, 'another')} is)"
         )
     home = innermost(function).__globals__
     changed = {**home, **replacements}
     changed.pop("__name__", None)  # by it torch.compile would look for the values of its guards in the library's module
     return _copy(function, home, changed)
+
+
+class Seen:
+    """A module as its own forward sees it while it is probed: some attributes and methods are others, the rest is its.
+
+    What a forward reaches through `self`, methods and options, is replaced here, and nothing of it on the module.
+
+    >>> from types import SimpleNamespace
+    >>> seen = Seen(SimpleNamespace(fast=True, width=3), {"fast": False}, {"doubled": lambda self: 2 * self.width})
+    >>> seen.fast, seen.width, seen.doubled()
+    (False, 3, 6)
+    """
+
+    def __init__(self, module: Any, options: Mapping[str, Any], methods: Mapping[str, Callable[..., Any]]):
+        bound = {name: MethodType(method, self) for name, method in methods.items()}
+        self.__dict__.update({"module": module} | dict(options) | bound)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["module"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["module"], name, value)
 
 
 def called_names(function: FunctionType) -> set[str]:

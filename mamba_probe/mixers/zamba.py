@@ -34,6 +34,7 @@ class ZambaAdapter(MambaAdapter):
 
     class_path = ("transformers.models.zamba.modeling_zamba", "ZambaMambaMixer")
     shortcuts = ()
+    hooked = ()  # a scan a head: no tensor is that of the layer
 
     @property
     def sizes(self) -> Sizes:
@@ -98,14 +99,14 @@ class _OneHead(Tap):
     n_heads: int = 1
     size: int = 0
 
-    def edited(self, target: str, tensor: Tensor) -> Tensor:
+    def edited(self, target: str, tensor: Tensor, at: int = 0) -> Tensor:
         """See `Tap`: an edit is given all heads, zero but for this one, so that its value means what it says."""
         if not self.touches(target):
             return tensor
         here = tensor.shape[2]
         others = torch.zeros_like(tensor)
         whole = torch.cat([tensor if head == self.head else others for head in range(self.n_heads)], dim=2)
-        return super().edited(target, whole).narrow(2, self.head * here, here)
+        return super().edited(target, whole, at).narrow(2, self.head * here, here)
 
     def _wanted(self, length: int) -> Emit | None:
         emit = super()._wanted(length)
@@ -129,9 +130,12 @@ class _HeadByHead:
         """Our scan of the next head; see `Tap.scan`."""
         tap, call, n_heads = self.tap, self.tap.call, self.sizes.n_groups
         assert call is not None
-        mine = Call(tap.layer, call.valid, call.continues)
+        mine = Call(tap.layer, call.valid, call.continues, call.start)
         head, size = len(call.parts), self.sizes.n_heads // n_heads
-        one = _OneHead(tap.layer, tap.backend, tap.edits, tap.listener, mine, head, n_heads, size)
+        one = _OneHead(
+            tap.layer, tap.backend, tap.edits, listener=tap.listener, call=mine, acted=tap.acted,
+            head=head, n_heads=n_heads, size=size,
+        )  # fmt: skip
         result = one.scan(*args, **options)
         call.parts.append(mine)
         if len(call.parts) == n_heads:

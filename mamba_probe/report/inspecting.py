@@ -6,11 +6,12 @@ from rich.table import Column, Table
 from torch import nn
 
 from mamba_probe.estimate import estimate, readable
+from mamba_probe.hooks import parsed
 from mamba_probe.mixers import MixerAdapter, find_mixers
 from mamba_probe.planning import checked_plan, grouped
 from mamba_probe.trace.schema import DEFAULT_VARIABLES, VARIABLES
 
-__all__ = ["described"]
+__all__ = ["described", "points"]
 
 
 def described(model: nn.Module, rows: int, length: int) -> Iterator[Table]:
@@ -27,6 +28,27 @@ def described(model: nn.Module, rows: int, length: int) -> Iterator[Table]:
     yield _layers(adapters)
     for sizes, layers in grouped(adapters).items():
         yield _variables(adapters, sizes, layers, rows, length)
+
+
+def points(names: Sequence[str]) -> Table:
+    """Hook points, one row for all layers that have the same.
+
+    Arguments:
+        names: those of `probe.hook_names()`.
+
+    >>> table = points(["blocks.0.hook_mixer_in", "blocks.2.hook_mixer_in"])
+    >>> [list(column.cells) for column in table.columns]
+    [['0, 2'], ['blocks.{layer}.hook_mixer_in']]
+    """
+    by_layer: dict[int, list[str]] = {}
+    for name in names:
+        layer, place, _ = parsed(name)
+        by_layer.setdefault(layer, []).append(f"blocks.{{layer}}.{place}")
+    table = Table(Column("layers", justify="right"), "names", title="Hook points")
+    for places in dict.fromkeys(map(tuple, by_layer.values())):
+        layers = ", ".join(str(layer) for layer, found in by_layer.items() if tuple(found) == places)
+        table.add_row(layers, "\n".join(places))
+    return table
 
 
 def _layers(adapters: Sequence[MixerAdapter]) -> Table:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mamba_probe.hooks import ablate
+from mamba_probe.edits import ablate
 from mamba_probe.probe import attach
 from mamba_probe.reproduce import recount
 from mamba_probe.reproduce.claim import Claim

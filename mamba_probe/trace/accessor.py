@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from mamba_probe.trace.contract import require, unknown_name, validate
-from mamba_probe.trace.schema import VARIABLES
+from mamba_probe.trace.contract import TOKEN_ORDER, check_held, directions, unknown_name, validate
+from mamba_probe.trace.schema import DIRECTIONS, VARIABLES
+from mamba_probe.trace.unroll import unrolled
 
 __all__ = ["ProbeAccessor"]
 
@@ -41,7 +42,7 @@ class ProbeAccessor:
         """Decay of one step, exp(delta A): recorded, else lazy (dask) from delta and A."""
         if "A_bar" in self._trace:
             return self._trace["A_bar"]
-        require(self._trace, "delta", "A")
+        check_held(self._trace, "delta", "A")
         log_decay = self._step("delta") * self._trace["A"]
         return self._named(log_decay.copy(data=np.exp(log_decay.data)), "A_bar")
 
@@ -50,10 +51,10 @@ class ProbeAccessor:
         """Write of one step as executed, delta B (Euler) or delta phi1(delta A) B (zoh): recorded, else lazy."""
         if "B_bar" in self._trace:
             return self._trace["B_bar"]
-        require(self._trace, "delta", "B")
+        check_held(self._trace, "delta", "B")
         write = self._step("delta") * self.by_head("B")
         if self._trace.attrs.get("discretization") == "zoh":
-            require(self._trace, "A")
+            check_held(self._trace, "A")
             exponent = self._step("delta") * self._trace["A"]
             write = write * exponent.copy(data=_phi1(exponent.data))
         return self._named(write, "B_bar")
@@ -62,18 +63,49 @@ class ProbeAccessor:
         """`B` or `C` spread from its groups over channels or heads: head i reads group i // (heads / groups)."""
         if name not in ("B", "C"):
             raise unknown_name("grouped variable", name, ("B", "C"))
-        require(self._trace, name, "delta")
+        check_held(self._trace, name, "delta")
         if self._trace.attrs["family"] == "s4d":
             return self._step(name)
-        head = str(self._trace["delta"].dims[-1])
+        head = "head" if self._trace.attrs["family"] == "mamba2" else "channel"
         per_group = self._trace.attrs["n_heads"] // self._trace.attrs["n_groups"]
         index = xr.DataArray(self._trace[head].values // per_group, dims=head, coords={head: self._trace[head]})
         return self._step(name).isel(group=index).drop_vars("group", errors="ignore")
 
     def _named(self, array: xr.DataArray, name: str) -> xr.DataArray:
         spec = VARIABLES[name]
-        array = array.transpose(*spec.dims(self._trace.attrs["family"])).rename(name)
+        array = array.transpose(*spec.dims(self._trace.attrs["family"], "direction" in self._trace.dims)).rename(name)
         return array.assign_attrs(long_name=spec.long_name, units=spec.units, symbol=spec.symbol)
+
+    def along(self, direction: str) -> xr.Dataset:
+        """One direction of a bidirectional layer, with the tokens in the order in which its scan took them.
+
+        A trace has every direction at the tokens' own places. For a scan that goes from the last token to the first,
+        tokens are reversed here, so that what a token remembers lies before it, as analyses take it to: `token` and
+        `source_token` count from the last recorded token of all, and `position` from that of its row.
+
+        Raises:
+            ValueError: no such direction in this trace, or its tokens are reversed already.
+
+        >>> import xarray as xr
+        >>> delta = (("layer", "batch", "token", "channel", "direction"), np.arange(6.0).reshape(1, 1, 3, 1, 2))
+        >>> attrs = {"schema_version": 1, "family": "mamba"}
+        >>> trace = xr.Dataset({"delta": delta}, {"direction": ["forward", "backward"]}, attrs)
+        >>> trace.probe.along("backward")["delta"].values.ravel().tolist()
+        [5.0, 3.0, 1.0]
+        """
+        held = directions(self._trace)
+        if not held:
+            raise ValueError("this trace has no direction: its layers scan from the first token to the last only")
+        if direction not in held:
+            raise unknown_name("direction", direction, tuple(held))
+        if TOKEN_ORDER in self._trace.attrs:
+            raise ValueError(f"the tokens of this trace are in the order of its direction, {held[0]}, already")
+        one = self._trace.sel(direction=direction) if "direction" in self._trace.dims else self._trace
+        return _reversed(one).assign_attrs({TOKEN_ORDER: "reversed"}) if DIRECTIONS[direction] else one
+
+    def unrolled(self, sequences: Any = None) -> xr.Dataset:
+        """Each row a sequence with its own history, also after a beam search: see `mamba_probe.trace.unroll`."""
+        return unrolled(self._trace, sequences)
 
     def save(self, path: str | PathLike[str], *, overwrite: bool = False) -> Any:
         """Write the trace: `*.zarr` as a Zarr store, `*.nc` as netCDF. See `mamba_probe.trace.save`."""
@@ -81,6 +113,20 @@ class ProbeAccessor:
 
         validate(self._trace)
         return save(self._trace, path, overwrite=overwrite)
+
+
+def _reversed(trace: xr.Dataset) -> xr.Dataset:
+    """The trace from its last token to its first; what counts tokens counts from there."""
+    back = trace.isel(token=slice(None, None, -1))
+    last = int(trace["token"].max()) if "token" in trace.coords else trace.sizes["token"] - 1
+    counted: dict[str, Any] = {"token": last - back["token"].values} if "token" in back.coords else {}
+    if "position" in back.coords:
+        position = back["position"]
+        counted["position"] = xr.where(position < 0, -1, position.max("token") - position)
+    if "source_token" in back.coords:
+        source = back["source_token"]
+        counted["source_token"] = xr.where(source < 0, -1, last - source)
+    return back.assign_coords({name: (back[name].dims, np.asarray(values)) for name, values in counted.items()})
 
 
 def _phi1(exponent: Any) -> Any:

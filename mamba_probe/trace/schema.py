@@ -7,7 +7,7 @@ A Mamba-1 layer has one channel a head, so its traces say `channel` where Mamba-
 from dataclasses import dataclass
 from types import MappingProxyType
 
-__all__ = ["COORDS", "DEFAULT_VARIABLES", "DIMS", "FAMILIES", "SCHEMA_VERSION", "VARIABLES", "Variable"]
+__all__ = ["COORDS", "DEFAULT_VARIABLES", "DIMS", "DIRECTIONS", "FAMILIES", "SCHEMA_VERSION", "VARIABLES", "Variable"]
 
 SCHEMA_VERSION = 1
 FAMILIES = ("mamba", "mamba2", "s4d")
@@ -20,6 +20,11 @@ DIMS = (
 )  # fmt: skip
 
 
+DIRECTIONS = MappingProxyType({"forward": False, "backward": True, "rc_forward": True, "rc_backward": False})
+"""What the dimension `direction` may hold, and whether that scan takes the tokens from the last to the first: the two
+of a layer that scans both ways, and those of the same layer applied to the reverse complement."""
+
+
 @dataclass(frozen=True)
 class Variable:
     """One recorded tensor: its dimensions in each family and what a reader needs to know of it."""
@@ -29,10 +34,15 @@ class Variable:
     units: str
     symbol: str
     dtype: str = "float32"
+    of_scan: bool = True
 
-    def dims(self, family: str) -> tuple[str, ...]:
-        """Dimensions of this variable in a trace of `family`; none where that family has no such variable."""
-        return self.by_family[FAMILIES.index(family)]
+    def dims(self, family: str, directed: bool = False) -> tuple[str, ...]:
+        """Dimensions of this variable in a trace of `family`; none where that family has no such variable.
+
+        A `directed` trace, of layers that scan in several directions, has what is of the scan once for each of them.
+        """
+        dims = self.by_family[FAMILIES.index(family)]
+        return (*dims, "direction") if directed and self.of_scan and dims else dims
 
     def static(self, family: str) -> bool:
         """Whether it has no batch and token in a trace of `family`."""
@@ -78,8 +88,8 @@ VARIABLES = MappingProxyType(
             r"\sum\Delta",
             "float64",
         ),
-        "u": Variable((_MODEL, _MODEL, _MODEL), "mixer input", "1", "u_t"),
-        "out": Variable((_MODEL, _MODEL, _MODEL), "mixer output", "1", "o_t"),
+        "u": Variable((_MODEL, _MODEL, _MODEL), "mixer input", "1", "u_t", of_scan=False),
+        "out": Variable((_MODEL, _MODEL, _MODEL), "mixer output", "1", "o_t", of_scan=False),
     }
 )
 """What `probe.record(variables=...)` can be asked for."""
@@ -94,7 +104,7 @@ COORDS = MappingProxyType(
         "phase": ("batch", "token"),
         "prompt_id": ("batch",),
         "call": ("batch",),
-        "parent_row": ("batch",),
+        "parent_row": ("batch", "token"),
         "token_text": ("batch", "token"),
         "role": ("batch", "token"),
         "target": ("batch", "token"),
@@ -103,4 +113,5 @@ COORDS = MappingProxyType(
     }
 )
 """Coordinates beside the indices. `valid` is False at padding, `position` counts valid tokens (-1 at padding);
-`target`, `source_token` and `prediction` are -1 where there is none."""
+`parent_row` is the row, by its `prompt_id`, that has the token before this one: its own but where beams were reordered;
+`target`, `source_token`, `prediction` and `parent_row` are -1 where there is none."""

@@ -130,3 +130,9 @@ def test_a_last_norm_that_subtracts_the_mean_is_refused(trace: xr.Dataset, weigh
     weights["norm_f_bias"] = (("model",), np.zeros(3))
     with pytest.raises(ValueError, match="expected `norm_f` alone, got `norm_f_bias`"):
         recall_circuit.measure(trace, weights=weights, interventions=edits())
+
+
+def test_a_norm_before_the_gate_is_refused(trace: xr.Dataset, weights: xr.Dataset):
+    weights["norm_before_gate"] = (("layer", "channel"), np.ones((1, weights.sizes["channel"])))
+    with pytest.raises(ValueError, match="expected `norm` or none, got `norm_before_gate`"):
+        recall_circuit.measure(trace, weights=weights, interventions=edits())

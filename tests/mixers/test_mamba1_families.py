@@ -135,15 +135,17 @@ def test_continuation_by_several_tokens_drops_the_state_as_the_library_does(mode
             twice()
 
 
-def test_reordered_rows_are_noticed(model):
+def test_reordered_rows_are_followed(model):
     ids, _ = prompt(9, padded=False)
     model.generation_config.eos_token_id = None
-    with (
-        mp.attach(model) as probe,
-        pytest.raises(ValueError, match=r"reordered \(beam search\?\)"),
-        probe.recording(variables=["delta"]),
-    ):
-        model.generate(ids, num_beams=4, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    with mp.attach(model) as probe:
+        with probe.recording(variables=["delta", "h"]) as recorder:
+            produced = model.generate(ids, num_beams=4, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        whole = probe.record(produced[:, :-1], variables=["delta", "h"])
+    trace = recorder.dataset
+    assert (trace["parent_row"] != trace["prompt_id"]).any()
+    for name in ("delta", "h"):
+        assert error(trace.probe.unrolled(produced)[name], whole[name]) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -225,7 +225,7 @@ def test_what_it_has_not_is_refused_by_name(layer):
             mp.freeze("delta"): "delta of layer 0 .s4d. is a constant weight",
             mp.ablate("B"): "B of layer 0 .s4d. is a constant weight",
         }.items():
-            with pytest.raises(ValueError, match=rf"{why}.*Editable there: decay\."), probe.edit(edit):
+            with pytest.raises(ValueError, match=rf"{why}.*Editable there: decay, x, y, h\."), probe.edit(edit):
                 pass
     with pytest.raises(ValueError, match="needs complex A"):
         mp.attach(layer, backend="triton")
@@ -250,7 +250,7 @@ def test_a_bare_transposed_layer_is_refused_until_it_is_told_otherwise(layer, tm
 def test_inspect_lists_what_it_can_record(layer):
     layers, variables = described(layer, 2, 10)
     assert [list(column.cells) for column in layers.columns] == [
-        ["0"], [""], ["S4D"], ["s4d: 6 channels, state 3, no gate"], ["decay"]
+        ["0"], [""], ["S4D"], ["s4d: 6 channels, state 3, no gate"], ["decay, x, y, h"]
     ]  # fmt: skip
     weighed = dict(zip(variables.columns[0].cells, variables.columns[-1].cells, strict=True))
     assert set(weighed) == set(VARIABLES)

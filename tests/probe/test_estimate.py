@@ -60,5 +60,6 @@ def test_inspect_tells_layers_sizes_and_weights(monkeypatch):
     for expected in (
         "Probe attached to LanguageModel", "backbone.layers.0.mixer", "Mamba2Block", "mamba2: 4 heads of 32",
         "step size, after bias, softplus and limits", readable(4 * head), readable(4 * head * 32 * 32),
+        "blocks.{layer}.hook_mixer_in", "blocks.{layer}.mixer.hook_A_bar",
     ):  # fmt: skip
         assert expected in result.stdout

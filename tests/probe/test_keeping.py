@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import mamba_probe as mp
+from mamba_probe import keeping
 from mamba_probe.keeping import Courier, Kept
 from mamba_probe.kernels.emission import EMITTABLE, Emit
 from mamba_probe.listening import listen
@@ -159,6 +160,31 @@ def test_a_sum_that_overflows_is_a_suspect_and_no_more():
     assert kept.suspects() == [(4, "x"), (4, "y")]
     assert np.isfinite(kept.array(4, "x")).all()
     assert kept.take("z").shape == (1, 1, 2, 3)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("order", [(3, 5, 8, 9), (8, 9, 3, 5), (9, 8, 5, 3)])
+@pytest.mark.parametrize("parcel", [1, 100, 200, 2**30])
+def test_layers_that_travel_together_arrive_each_at_its_place(monkeypatch, parcel, order, keep):
+    monkeypatch.setattr(keeping, "PARCEL", parcel)
+    made = {layer: torch.randn(2, 3, 4).to(torch.bfloat16 if layer == 8 else torch.float32) for layer in order}
+    made[5][1, 2, 3], made[9][0, 0, 0] = float("nan"), float("inf")
+    kept = Kept((3, 5, 8, 9), Courier(), keep)
+    for layer in order:
+        kept.put(layer, {"x": made[layer], "z": -made[layer].transpose(1, 2)})
+    assert set(kept.suspects()) == {(layer, name) for layer in (5, 9) for name in "xz"}
+    assert kept.suspects() == []
+    expected = np.stack([made[layer].float().numpy() for layer in (3, 5, 8, 9)])
+    np.testing.assert_array_equal(kept.array(8, "x"), expected[2])
+    np.testing.assert_array_equal(kept.take("x"), expected)
+    np.testing.assert_array_equal(kept.take("z"), -expected.swapaxes(2, 3))
+
+
+def test_of_several_broken_layers_the_first_is_named(model):
+    with mp.attach(model) as probe, torch.no_grad(), probe.recording(variables=["B", "out"]):
+        model.backbone.layers[0].mixer.out_proj.weight[0, 0] = float("nan")
+        with pytest.raises(ValueError, match="`out` of layer 0 is NaN or infinite"):
+            model(IDS)
 
 
 def test_refusals(model):

@@ -1,14 +1,17 @@
-# Everything lives in .venv; constraints.txt locks every version, constraints-oldest.txt those of the oldest transformers.
+# Everything lives in .venv; constraints.txt locks every version, constraints-oldest.txt those of the oldest transformers,
+# constraints-peers.txt those of nnsight and TransformerLens.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 OLDEST := .venv/oldest
+PEERS := .venv/peers
 
-.PHONY: help demo test test-long test-oldest lint bench clean
+.PHONY: help demo test test-long test-oldest test-peers lint bench clean
 help:
 	@echo "make demo       record, analyse and draw a trained checkpoint beside its closed form; see report/report.html"
 	@echo "make test       the test suite"
-	@echo "make test-long  the full grids, and those of mixers and formats on the oldest transformers too"
+	@echo "make test-long  the full grids, those of mixers and formats on the oldest transformers, and test-peers"
+	@echo "make test-peers beside nnsight and TransformerLens (240 MB more)"
 	@echo "make lint       ruff and pyright"
 	@echo "make bench      the scan's backends against each other on this machine"
 
@@ -22,17 +25,25 @@ $(OLDEST)/.installed: constraints-oldest.txt $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(OLDEST) -r constraints-oldest.txt
 	@touch $@
 
+$(PEERS)/.installed: constraints-peers.txt $(INSTALLED)
+	rm -rf $(PEERS)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(PEERS) -r constraints-peers.txt
+	@touch $@
+
 demo: $(INSTALLED)
 	$(BIN)/mamba-probe report zoo:trained-mqar-mamba1 --task mqar -o report --overwrite
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2
 
-test-long: $(INSTALLED) test-oldest
+test-long: $(INSTALLED) test-oldest test-peers
 	$(BIN)/python -m pytest -n 2 -m "not gpu" -o timeout=3600
 
 test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 -m "not gpu" -o timeout=3600 tests/mixers tests/formats tests/probe
+
+test-peers: $(PEERS)/.installed
+	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest tests/peers
 
 lint: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lint]"

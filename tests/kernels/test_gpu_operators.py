@@ -64,7 +64,11 @@ def test_a_known_call_answers_what_the_first_did(oracle, family):
     assert known.backwards
     x = given["x"].detach()
     shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")[1:].view(x.shape).copy_(x).requires_grad_()
-    found = [third, *(differentiated(given | {"x": shifted}) for _ in range(2))]
+    moved = [differentiated(given | {"x": shifted}) for _ in range(3)]  # another version of the kernels: its own bits
+    assert all(torch.equal(one, other) for each in moved for one, other in zip(each, moved[0], strict=True))
+    for one, other in zip(moved[0], first, strict=True):  # one rounding to bf16, either way
+        assert (one - other).abs().max() <= 2**-7 * other.abs().max()
+    found = [third]
     with torch.autocast("cuda", dtype=torch.bfloat16):
         found += [differentiated(given) for _ in range(3)]
     for each in found:

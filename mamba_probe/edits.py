@@ -10,9 +10,8 @@ What can be edited, as the scan receives it, with the axes of its tensor:
 | delta | batch, token, channel (head) | the decay and the write of that token |
 | A_bar | batch, token, channel, state (head) | the decay alone; 1 keeps the state, 0 forgets it; the write stays |
 | B, C | batch, token, group, state | the write; what is read |
-| x, z | batch, token, channel (head, head_channel) | what is written and skips; the gate before its SiLU |
+| x, z, y | batch, token, channel (head, head_channel) | what is written; the gate before SiLU; what is read, ungated |
 | h | batch, token, channel, state (head, head_channel, state) | the state after a token, read there and carried on |
-| y | as x | what is read, before the gate |
 
 `freeze` holds one of them but h at one value for all tokens of a row (its mean over the row's valid tokens unless a
 value is given). `assign`, `scale`, `clamp` and `zero` change entries, `swap` puts those of another run in their place.

@@ -1,6 +1,7 @@
 """What is done to a probed model while it runs: edits, hooks, and answers under them."""
 
 import json
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -48,11 +49,19 @@ class Experiments(AbstractContextManager["Any"]):
     _adapters: list[MixerAdapter]
     _taps: dict[int, Tap]
 
+    @property
+    @abstractmethod
+    def attached(self) -> bool:
+        """Whether the model's scans are ours at this moment."""
+
     def _check_attached(self) -> None:
-        raise NotImplementedError
+        if not self.attached:
+            raise ValueError("this probe is detached: attach again with mp.attach(model)")
 
     def _check_unedited(self, what: str) -> None:
-        raise NotImplementedError
+        self._check_attached()
+        if any(tap.edits for tap in self._taps.values()):
+            raise ValueError(f"{what} starts from the unedited probe: leave the `edit` block first")
 
     # -- edits ---------------------------------------------------------------------------------------------------
 

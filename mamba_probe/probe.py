@@ -125,15 +125,6 @@ class Probe(Experiments):
         finally:
             self._attach()
 
-    def _check_attached(self) -> None:
-        if not self.attached:
-            raise ValueError("this probe is detached: attach again with mp.attach(model)")
-
-    def _check_unedited(self, what: str) -> None:
-        self._check_attached()
-        if any(tap.edits for tap in self._taps.values()):
-            raise ValueError(f"{what} starts from the unedited probe: leave the `edit` block first")
-
     # -- what is there -------------------------------------------------------------------------------------------
 
     @property

@@ -45,6 +45,19 @@ def leaves(given):
     return [value for value in given.values() if isinstance(value, torch.Tensor)]
 
 
+def captured(run):
+    """A graph of `run`, and what it answers with."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = run()
+    return graph, found
+
+
 def differentiated(given):
     """y, and what goes back from it alone."""
     y = selective_scan(**given).y
@@ -85,16 +98,9 @@ def test_a_known_call_is_captured(oracle, family):
 
     operators._known.clear()
     first, _ = run(), run()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, found = captured(run)
     graph.replay()
-    assert all(torch.equal(one, other) for one, other in zip(captured, first, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(found, first, strict=True))
 
 
 @pytest.mark.parametrize("family", SHAPES)
@@ -133,23 +139,16 @@ def test_a_graph_captures_forward_and_backward(oracle):
 
 def replayed(given, run):
     """A captured `run` answers for new values in the same memory as a call of its own does."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, found = captured(run)
     graph.replay()
-    before = captured["out"].clone()
+    before = found["out"].clone()
     for name in ("x", "delta", "B", "C"):
         given[name].copy_(torch.randn_like(given[name]))
     expected = run()
     graph.replay()
     torch.cuda.synchronize()
-    assert_equal(captured, expected)
-    assert not torch.equal(before, captured["out"])
+    assert_equal(found, expected)
+    assert not torch.equal(before, found["out"])
 
 
 def test_reduce_overhead_keeps_its_answers(oracle):

@@ -269,9 +269,10 @@ def test_a_booted_bridge_and_its_tokenizer(build, tmp_path):
 def test_what_the_page_says_does_not_work(build):
     bridge = bridged(build())
     bridge.blocks[0].mixer.eager_scan = True
-    with mp.attach(bridge) as probe:
-        with pytest.raises(ValueError, match=r"layer\(s\) 0 did not run"), probe.recording():
-            bridge.run_with_cache(IDS, use_cache=False)
+    probe = mp.attach(bridge)
+    with pytest.raises(ValueError, match=r"layer\(s\) 0 did not run"), probe.recording():
+        bridge.run_with_cache(IDS, use_cache=False)
+    probe.detach()
     traced = NNsight(build())
     with mp.attach(traced) as probe:
         with pytest.raises(ValueError, match=r"layer\(s\) 0 did not run"), probe.recording(), traced.trace(IDS):

@@ -1,11 +1,12 @@
-"""What the tests here share: `edited`, a recurrence in numpy with the same edits."""
+"""What the tests here share: `edited`, a recurrence in numpy with the same edits; `patched`, runs to patch between."""
 
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
-_spec = spec_from_file_location("edited", Path(__file__).with_name("edited.py"))
-assert _spec is not None
-assert _spec.loader is not None
-_module = sys.modules["edited"] = module_from_spec(_spec)
-_spec.loader.exec_module(_module)
+for _name in ("edited", "patched"):
+    _spec = spec_from_file_location(_name, Path(__file__).with_name(f"{_name}.py"))
+    assert _spec is not None
+    assert _spec.loader is not None
+    _module = sys.modules[_name] = module_from_spec(_spec)
+    _spec.loader.exec_module(_module)

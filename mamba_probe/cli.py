@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
@@ -11,6 +10,26 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
+
+from mamba_probe.cli_options import (
+    ANALYSES,
+    BACKEND,
+    BESIDE,
+    LENGTH,
+    MODEL,
+    OUT,
+    OVERWRITE,
+    PAIRS,
+    ROWS,
+    SEED,
+    TASK,
+    TEXT,
+    TOKENIZER,
+    TRAINED_ON,
+    Backend,
+    Task,
+    What,
+)
 
 __all__ = ["app", "main"]
 
@@ -23,56 +42,6 @@ out, err = Console(), Console(stderr=True)
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-class Task(StrEnum):
-    """Tasks that can be generated."""
-
-    mqar = "mqar"
-
-
-class What(StrEnum):
-    """Claims that can be reproduced."""
-
-    haar = "haar"
-    keep = "keep"
-    mqar = "mqar"
-    induction = "induction"
-    trained_keep = "trained-keep"
-    trained_recall = "trained-recall"
-    trained_analyses = "trained-analyses"
-    all = "all"
-
-
-class Backend(StrEnum):
-    """Backends of the scan."""
-
-    auto = "auto"
-    cpu = "cpu"
-    naive = "naive"
-    triton = "triton"
-
-
-MODEL = Annotated[str, typer.Argument(help="zoo:NAME, a directory (transformers or state-spaces format), or a hub id.")]
-OUT = Annotated[Path, typer.Option("--out", "-o", help="Directory to write to.")]
-TASK = Annotated[Task | None, typer.Option(help="Record on a generated task, whose answers are known.")]
-TEXT = Annotated[Path | None, typer.Option(help="Record on a text file (UTF-8), cut into rows of --length tokens.")]
-TOKENIZER = Annotated[str | None, typer.Option(help="Directory or hub id of the tokenizer; default: MODEL's own.")]
-ROWS = Annotated[
-    int | None, typer.Option(min=1, help="Rows: of the task (default 64), of the text at most (default 4).")
-]
-LENGTH = Annotated[int | None, typer.Option(min=1, help="Tokens a row: of the task (default 64), of the text (512).")]
-PAIRS = Annotated[int, typer.Option(min=1, help="Key-value pairs in a row of mqar.")]
-SEED = Annotated[int, typer.Option(help="Seed of the task, the randomised twin and the intervals.")]
-BESIDE = Annotated[
-    str | None,
-    typer.Option(
-        help="With --task, a reference recorded and measured beside MODEL: construction:KIND (mamba1, mamba2, s4d: the"
-        " task's closed form at MODEL's vocabulary), whatever MODEL can be, or none. Default: what MODEL's card names."
-    ),
-]
-OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Replace what the directory holds of an earlier run.")]
-BACKEND = Annotated[Backend, typer.Option(help="Backend of our scan; `mamba-probe doctor` says what auto is here.")]
 
 
 def answered(command: Callable[P, R]) -> Callable[P, R]:
@@ -118,7 +87,7 @@ def lines() -> Iterator[Callable[[str], None]]:
 def report(
     model: MODEL, out_dir: OUT, task: TASK = None, text: TEXT = None, tokenizer: TOKENIZER = None, rows: ROWS = None,
     length: LENGTH = None, n_pairs: PAIRS = 8, seed: SEED = 0, beside: BESIDE = None, overwrite: OVERWRITE = False,
-    backend: BACKEND = Backend.auto,
+    backend: BACKEND = Backend.auto, train_length: TRAINED_ON = None, analyses: ANALYSES = "main",
 ) -> None:  # fmt: skip
     """The main job: record, the three analyses, pictures, one self-contained [bold]report.html[/bold].
 
@@ -136,11 +105,15 @@ def report(
     from mamba_probe.run import BESIDE
 
     _check_free(out_dir, overwrite)
+    names = _names(analyses)
     with progress() as say:
-        run = _record(model, task, text, tokenizer, rows, length, n_pairs, seed, beside, backend, say)
+        run = _record(
+            model, task, text, tokenizer, rows, length, n_pairs, seed, beside, backend, train_length, say
+        )  # fmt: skip
         run.save(out_dir, overwrite=overwrite)
-        results = analyse(run, out_dir / "results", seed=seed, say=say, overwrite=overwrite)
-        others = analyse_beside(run, out_dir / BESIDE / "results", seed=seed, say=say, overwrite=overwrite)
+        options = {"names": names, "seed": seed, "say": say, "overwrite": overwrite}
+        results = analyse(run, out_dir / "results", **options)
+        others = analyse_beside(run, out_dir / BESIDE / "results", **options)
         say("drawing")
         page = write_report(run, results, out_dir, beside=others)
     for name, result in results.items():
@@ -153,7 +126,7 @@ def report(
 def record(
     model: MODEL, out_dir: OUT, task: TASK = None, text: TEXT = None, tokenizer: TOKENIZER = None, rows: ROWS = None,
     length: LENGTH = None, n_pairs: PAIRS = 8, seed: SEED = 0, beside: BESIDE = None, overwrite: OVERWRITE = False,
-    backend: BACKEND = Backend.auto,
+    backend: BACKEND = Backend.auto, train_length: TRAINED_ON = None,
 ) -> None:  # fmt: skip
     """Record only: DIR/trace.zarr with the weights, the parity and, for a task, answers under edits and a twin.
 
@@ -163,36 +136,51 @@ def record(
     """
     _check_free(out_dir, overwrite)
     with progress() as say:
-        run = _record(model, task, text, tokenizer, rows, length, n_pairs, seed, beside, backend, say)
+        run = _record(model, task, text, tokenizer, rows, length, n_pairs, seed, beside, backend, train_length, say)
         run.save(out_dir, overwrite=overwrite)
     out.print(run.trace.probe, highlight=False)
     out.print(f"[bold]run[/bold]: {out_dir}", highlight=False, soft_wrap=True)
 
 
-@app.command()
+@app.command(
+    epilog="Analyses: recall_circuit, memory_horizon and wavelet_alignment, those of a report; hidden_attention."
+)
 @answered
 def analyze(
-    name: Annotated[str, typer.Argument(help="wavelet_alignment, memory_horizon, recall_circuit or hidden_attention.")],
+    name: Annotated[str, typer.Argument(help="An analysis (below), several with commas between, or all.")],
     run_dir: Annotated[Path, typer.Argument(help="What `record` or `report` wrote.")],
     out_dir: OUT, seed: SEED = 0, overwrite: OVERWRITE = False,
 ) -> None:  # fmt: skip
-    """One analysis of a recorded run: DIR/NAME.nc and its picture.
+    """Analyses of a recorded run: DIR/NAME.nc and its picture each, and one DIR/report.html of several.
 
-    Example:
+    all: every analysis that the run has what it needs for; what is left out is said, with what it lacks. Some load the
+    recorded model again, from where it came, and refuse it where its weights have changed.
+
+    Examples:
 
       mamba-probe analyze memory_horizon run -o results
+
+      mamba-probe analyze all run -o everything
     """
-    from mamba_probe.report import analyse, analyse_beside, draw, finding
+    from mamba_probe.report import analyse, analyse_beside, draw, finding, measurable, write_report
     from mamba_probe.run import BESIDE, Run
 
+    _quiet_transformers()
     with progress() as say:
-        run, options = Run.open(run_dir), {"names": (name,), "seed": seed, "say": say, "overwrite": overwrite}
-        result = analyse(run, out_dir, **options)[name]
-        other = analyse_beside(run, out_dir / BESIDE, **options).get(name)
+        run, options = Run.open(run_dir), {"names": _names(name), "seed": seed, "say": say, "overwrite": overwrite}
+        wanted, _ = measurable(run, options["names"])
+        results = analyse(run, out_dir, **options)
+        others = analyse_beside(run, out_dir / BESIDE, **options)
         say("drawing")
-        paths = draw(name, result, out_dir, beside=other)
-    _print("", finding(name, result, other), run)
+        if len(wanted) > 1:
+            paths = [write_report(run, results, out_dir, beside=others, figures="", stored="")]
+        else:
+            paths = draw(name, results[name], out_dir, beside=others.get(name))
+    for each, result in results.items():
+        _print(f"[bold]{each}[/bold]: ", finding(each, result, others.get(each)), run)
     out.print(*(str(path) for path in paths), sep="\n", highlight=False, soft_wrap=True)
+    if len(results) < len(wanted):
+        raise typer.Exit(1)
 
 
 @app.command("reproduce")
@@ -316,6 +304,13 @@ def _print(head: str, found: Any, run: Any) -> None:
         out.print(f"  beside it, {run.beside.trace.attrs['model']}: {found.beside}", highlight=False, soft_wrap=True)
 
 
+def _names(text: str) -> tuple[str, ...]:
+    """Names of analyses, as typed with commas between; "main" are those of a report."""
+    from mamba_probe.report import MAIN
+
+    return MAIN if text == "main" else tuple(part.strip() for part in text.split(","))
+
+
 def _check_free(directory: Path, overwrite: bool) -> None:
     if directory.is_file():
         raise ValueError(f"{directory} is a file: -o names a directory")
@@ -326,7 +321,8 @@ def _check_free(directory: Path, overwrite: bool) -> None:
 
 def _record(
     source: str, task: Task | None, text: Path | None, tokenizer: str | None, rows: int | None, length: int | None,
-    n_pairs: int, seed: int, beside: str | None, backend: Backend, say: Callable[[str], None],
+    n_pairs: int, seed: int, beside: str | None, backend: Backend, train_length: int | None,
+    say: Callable[[str], None],
 ) -> Any:  # fmt: skip
     from mamba_probe import run
     from mamba_probe.load import load, load_tokenizer
@@ -344,17 +340,17 @@ def _record(
     if task is not None:
         return run.record_task(
             model, task.value, rows=rows or 64, length=length or 64, n_pairs=n_pairs, seed=seed,
-            beside=_reference(source, beside, model), backend=backend.value, say=say,
+            beside=_reference(source, beside, model), train_length=train_length, backend=backend.value, say=say,
         )  # fmt: skip
     assert text is not None
     given = run.Text(text, load_tokenizer(tokenizer or source), length or 512, rows or 4)
-    return run.record_text(model, given, backend=backend.value, say=say)
+    return run.record_text(model, given, train_length=train_length, backend=backend.value, say=say)
 
 
 def _reference(source: str, beside: str | None, model: Any) -> Any:
     """The model to put beside that of `source`, if any: what was asked for, or what the card names."""
+    from mamba_probe.reference import NONE
     from mamba_probe.report import load_beside, named
-    from mamba_probe.report.beside import NONE
     from mamba_probe.run import vocabulary
 
     name = named(source) if beside is None else beside

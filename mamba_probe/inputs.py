@@ -138,7 +138,12 @@ def _from_task(task: Task, attention_mask: Any) -> ModelInput:
         given.batch,
         given.length,
         labels,
-        {"task": task.name, "task_params": json.dumps(task.params), "answers": [answers.start, answers.stop]},
+        {
+            "task": task.name,
+            "task_params": json.dumps(task.params),
+            "vocab": task.vocab,
+            "answers": [answers.start, answers.stop],
+        },
     )
 
 

@@ -43,7 +43,8 @@ def load(
     from the file: a missing, unexpected or mis-shaped one is an error. Code that comes with a checkpoint is never run.
     Where a directory holds both, safetensors are read and .bin are not. What no module here can hold, a quantised
     checkpoint and a LoRA adapter alone are refused by name.
-    The module's `_mamba_probe_source` says where it came from: source, format and the weight files' sha256.
+    The module's `_mamba_probe_source` says where it came from: source, revision and dtype as given, format and the
+    weight files' sha256.
 
     Source: ours.
 
@@ -87,7 +88,10 @@ def load(
         module = placing.dispatch(module, device_map)
     warn_of_known_errors(module, where)
     _take_over_settings(module, folder)
-    module._mamba_probe_source = {"source": where, "format": form.NAME, "sha256": files.sha256(weight_files)}
+    module._mamba_probe_source = {
+        "source": where, "revision": revision, "dtype": dtype and str(dtype).removeprefix("torch."),
+        "format": form.NAME, "sha256": files.sha256(weight_files),
+    }  # fmt: skip
     return module
 
 

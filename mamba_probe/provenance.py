@@ -1,6 +1,8 @@
 """Where a recording came from: model, hash, versions, time. Written into every Dataset we make."""
 
 import hashlib
+import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -35,11 +37,18 @@ def of_model(model: nn.Module, kind: str = "trace") -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "model": source.get("source") or getattr(model, "name_or_path", "") or type(model).__name__,
         "model_hash": _hash(model),
+        "loaded_from": _loaded(source),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "versions": ", ".join(f"{name} {found}" for name, found in versions().items()),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "creation_library": "mamba_probe",
     }
+
+
+def _loaded(source: Mapping[str, Any]) -> str:
+    """How to load the model again, as JSON; nothing of one that was not loaded by name or path."""
+    given = {name: source[name] for name in ("source", "revision", "dtype", "vocab") if name in source}
+    return json.dumps(given) if given else ""
 
 
 def _hash(model: nn.Module) -> str:

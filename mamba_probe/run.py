@@ -6,8 +6,10 @@ DIR/beside/...                                    where another model was record
 """
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from math import ceil
 from os import PathLike
 from pathlib import Path
@@ -18,16 +20,28 @@ import torch
 import xarray as xr
 from torch import nn
 
-from mamba_probe import blocks, tasks
+from mamba_probe import blocks, provenance, tasks
 from mamba_probe.edits import ablate, freeze
+from mamba_probe.load import load
 from mamba_probe.mixers.offload import place
 from mamba_probe.probe import Probe, attach
+from mamba_probe.reference import card_train_length, load_beside
 from mamba_probe.tasks import Task
 from mamba_probe.trace.contract import unknown_name
 from mamba_probe.trace.schema import DEFAULT_VARIABLES
 from mamba_probe.trace.store import open_dataset, open_trace, remove, save
 
-__all__ = ["BESIDE", "TASKS", "Run", "Text", "randomised_twin", "record_task", "record_text", "vocabulary"]
+__all__ = [
+    "BESIDE",
+    "TASKS",
+    "Run",
+    "Text",
+    "randomised_twin",
+    "record_given",
+    "record_task",
+    "record_text",
+    "vocabulary",
+]
 
 TASKS = {"mqar": tasks.mqar}
 EDITS = (ablate("conv"), ablate("gate"), ablate("decay"), freeze("delta"), freeze("B"), freeze("C"))
@@ -51,6 +65,47 @@ class Run:
     interventions: xr.Dataset | None = None
     twin: tuple[xr.Dataset, xr.Dataset] | None = None
     beside: "Run | None" = None
+    model: nn.Module | None = field(default=None, repr=False)
+    """The model itself where this run was recorded in this process; it is not stored."""
+
+    @property
+    def task(self) -> Task | None:
+        """The task that was recorded, its answers with it; None of a text."""
+        attrs = self.trace.attrs
+        if "task" not in attrs:
+            return None
+        ids, role, target, source = (self.trace[name].values for name in ("token_id", "role", "target", "source_token"))
+        params, (start, stop) = json.loads(attrs["task_params"]), attrs["answers"]
+        given = (ids.astype(np.int64), role.astype(str), target, source, int(attrs["vocab"]), params)
+        return Task(attrs["task"], *given, range(int(start), int(stop)))
+
+    def inputs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids and mask (batch, token) as recorded."""
+        return self.trace["token_id"].values.astype(np.int64), self.trace["valid"].values.astype(np.int64)
+
+    @contextmanager
+    def probe(self) -> Iterator[Probe]:
+        """The model that was recorded, with a probe attached: at hand, or loaded again from where the trace says.
+
+        Raises:
+            ValueError: it cannot be loaded from there, or its weights are no longer those that were recorded.
+        """
+        attrs = self.trace.attrs
+        model = self.model if self.model is not None else _again(attrs)
+        found = provenance.of_model(model)["model_hash"]
+        if found != attrs["model_hash"]:
+            raise ValueError(
+                f"the weights of {attrs['model']} are not those that were recorded (sha256 {found[:12]}, recorded"
+                f" {attrs['model_hash'][:12]}): put that checkpoint back, or record again"
+            )
+        with attach(model, backend=attrs["backend"]) as probe:
+            yield probe
+
+    def lacks_model(self) -> str:
+        """What is missing for `probe`, in words; nothing where the model is at hand or its place is on record."""
+        if self.model is not None or self.trace.attrs.get("loaded_from"):
+            return ""
+        return "the model, which was not loaded by name or path: analyse it in the process that recorded it"
 
     def save(self, directory: str | PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the stores.
@@ -135,8 +190,8 @@ class Text:
 
 def record_task(
     model: nn.Module, name: str, *, rows: int = 64, length: int = 64, n_pairs: int = 8, vocab: int | None = None,
-    seed: int = 0, beside: nn.Module | None = None, backend: str = "auto", batch_size: int | None = 16,
-    say: Say = lambda _: None,
+    seed: int = 0, beside: nn.Module | None = None, train_length: int | None = None, backend: str = "auto",
+    batch_size: int | None = 16, say: Say = lambda _: None,
 ) -> Run:  # fmt: skip
     """Record a language model on a generated task: trace, weights, parity, answers under edits, randomised twin.
 
@@ -146,6 +201,7 @@ def record_task(
         rows, length, n_pairs, vocab, seed: of the task.
         beside: a reference to record likewise: on the same rows where it has as many ids, else on rows drawn alike
             from its own.
+        train_length: tokens of the rows that the model was trained on; None: what its card says, if it has one.
         batch_size: rows a forward call.
         say: told each step before it starts.
 
@@ -158,17 +214,23 @@ def record_task(
         raise ValueError(f"n_pairs is at least 2, so that a query has a pair to confuse with its own; got {n_pairs}")
     vocab = vocab or vocabulary(model)
     task = TASKS[name](batch=rows, length=length, n_pairs=n_pairs, vocab=vocab, seed=seed)
-    run = _recorded(model, task, seed, backend, batch_size, say)
+    options = {"seed": seed, "backend": backend, "batch_size": batch_size}
+    run = record_given(model, task, train_length=train_length, say=say, **options)
     if beside is None:
         return run
     if vocabulary(beside) != vocab:
         task = TASKS[name](batch=rows, length=length, n_pairs=n_pairs, vocab=vocabulary(beside), seed=seed)
-    return replace(run, beside=_recorded(beside, task, seed, backend, batch_size, lambda step: say(f"beside: {step}")))
+    return replace(run, beside=record_given(beside, task, say=lambda step: say(f"beside: {step}"), **options))
 
 
-def _recorded(model: nn.Module, task: Task, seed: int, backend: str, batch_size: int | None, say: Say) -> Run:
+def record_given(
+    model: nn.Module, task: Task, *, seed: int = 0, train_length: int | None = None, backend: str = "auto",
+    batch_size: int | None = 16, say: Say = lambda _: None,
+) -> Run:  # fmt: skip
+    """As `record_task`, of a task that was drawn before, by any of `mamba_probe.tasks`."""
     with attach(model, backend=backend) as probe:
         trace, weights = _record_task(probe, task, batch_size, say)
+        trace = _labelled(trace, model, train_length)
         say("parity with the untouched model and the float64 oracle")
         parity = probe.parity(task.input_ids[:PARITY_ROWS])
         say("answers with parts edited")
@@ -177,7 +239,16 @@ def _recorded(model: nn.Module, task: Task, seed: int, backend: str, batch_size:
     say("the randomised twin")
     with attach(randomised_twin(model, seed), backend=backend) as probe:
         twin = _record_task(probe, task, batch_size, lambda _: None)
-    return Run(trace, weights, parity, interventions, twin)
+    return Run(trace, weights, parity, interventions, twin, model=model)
+
+
+def _labelled(trace: xr.Dataset, model: nn.Module, train_length: int | None) -> xr.Dataset:
+    """The trace with the length of the rows that the model was trained on, where that is known."""
+    if train_length is not None and train_length < 1:
+        raise ValueError(f"train_length is at least 1 token; got {train_length}")
+    source = getattr(model, "_mamba_probe_source", {}).get("source")
+    length = train_length or (None if source is None else card_train_length(source))
+    return trace if length is None else trace.assign_attrs(train_length=length)
 
 
 def _record_task(probe: Probe, task: Task, batch_size: int | None, say: Say) -> tuple[xr.Dataset, xr.Dataset]:
@@ -186,8 +257,13 @@ def _record_task(probe: Probe, task: Task, batch_size: int | None, say: Say) -> 
     return trace, probe.weights()
 
 
-def record_text(model: nn.Module, text: Text, *, backend: str = "auto", say: Say = lambda _: None) -> Run:
+def record_text(
+    model: nn.Module, text: Text, *, train_length: int | None = None, backend: str = "auto",
+    say: Say = lambda _: None,
+) -> Run:  # fmt: skip
     """Record a language model on a text: trace, weights and parity; no task, so no answers to count.
+
+    `train_length` as in `record_task`.
 
     Raises:
         ValueError: an empty file, a tokenizer of another model, a model without token ids.
@@ -199,7 +275,8 @@ def record_text(model: nn.Module, text: Text, *, backend: str = "auto", say: Say
         trace = probe.record(ids, mask, batch_size=1).assign_coords(token_text=(("batch", "token"), pieces))
         say("parity with the untouched model and the float64 oracle")
         parity = probe.parity(ids[:1], mask[:1])
-        return Run(trace.assign_attrs(text=str(text.path), tokens_left_out=left), probe.weights(), parity)
+        trace = _labelled(trace, model, train_length).assign_attrs(text=str(text.path), tokens_left_out=left)
+        return Run(trace, probe.weights(), parity, model=model)
 
 
 def randomised_twin(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -214,6 +291,17 @@ def randomised_twin(model: nn.Module, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         twin = (blocks.build(own) if own else type(model)(copy.deepcopy(config))).eval()
     return twin.to(device=place(model), dtype=next(model.parameters()).dtype)
+
+
+def _again(attrs: Mapping[str, Any]) -> nn.Module:
+    """Load the model of a trace once more, as it was loaded."""
+    if not attrs.get("loaded_from"):
+        raise ValueError(f"{attrs['model']} was not loaded by name or path, so it cannot be loaded again")
+    given = json.loads(attrs["loaded_from"])
+    if "vocab" in given:
+        return load_beside(given["source"], given["vocab"])
+    dtype = given["dtype"] and getattr(torch, given["dtype"])
+    return load(given["source"], revision=given["revision"], dtype=dtype)
 
 
 def _optional(path: Path) -> xr.Dataset | None:

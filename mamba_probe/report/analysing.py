@@ -5,76 +5,70 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xarray as xr
 
-from mamba_probe.analyses import hidden_attention, memory_horizon, recall_circuit, wavelet_alignment
+from mamba_probe.analyses.common.analysis import analyses
 from mamba_probe.run import Run
 from mamba_probe.trace.contract import unknown_name
 from mamba_probe.trace.store import check_free, save
 
-__all__ = ["ANALYSES", "MAIN", "analyse", "analyse_beside", "answerable_queries"]
+__all__ = ["ALL", "MAIN", "analyse", "analyse_beside", "measurable"]
 
-SPREAD = 8
-"""Queries a row of a text, evenly spread over it."""
-
-
-def _wavelet(run: Run, seed: int) -> xr.Dataset:
-    queries = answerable_queries(run.trace)
-    twin = None if run.twin is None else run.twin[0]
-    result = wavelet_alignment.measure(run.trace, query_tokens=queries, seed=seed, baseline=twin)
-    rule = (
-        "the last valid token" if queries is None else "the last query whose answer lies in its window, else the last"
-    )
-    return result.assign_attrs(queries=f"of each row: {rule}")
-
-
-def _horizon(run: Run, seed: int) -> xr.Dataset:
-    return memory_horizon.measure(run.trace, seed=seed)
-
-
-def _recall(run: Run, seed: int) -> xr.Dataset:
-    return recall_circuit.measure(
-        run.trace, weights=run.weights, interventions=run.interventions, baseline=run.twin, seed=seed
-    )
-
-
-def _attention(run: Run, seed: int) -> xr.Dataset:
-    queries, rule = answerable_queries(run.trace), "the last query whose answer lies in its window, else the last"
-    if queries is None:
-        n_valid = run.trace["valid"].sum("token").values[:, None]
-        queries, rule = n_valid * np.arange(1, SPREAD + 1) // SPREAD - 1, f"{SPREAD} tokens, evenly spread"
-    result = hidden_attention.measure(run.trace, query_tokens=queries, weights=run.weights, seed=seed)
-    return result.assign_attrs(queries=f"of each row: {rule}")
-
-
-ANALYSES: dict[str, Callable[[Run, int], xr.Dataset]] = {
-    "recall_circuit": _recall,
-    "memory_horizon": _horizon,
-    "wavelet_alignment": _wavelet,
-    "hidden_attention": _attention,
-}
 MAIN = ("recall_circuit", "memory_horizon", "wavelet_alignment")
-"""Those of the report."""
+"""Those that a report has unless it is asked for others."""
+ALL = "all"
+"""What asks for every analysis that the run has what it needs for, those of `MAIN` first."""
+
+
+def measurable(run: Run, names: Sequence[str] = (ALL,)) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The analyses that `names` stand for, and what the run lacks for each that is left out.
+
+    Only those that `ALL` brought are left out; one that is named and lacks something is refused.
+
+    Raises:
+        ValueError: an unknown analysis (nearest given), one twice, or a named one that lacks something.
+    """
+    known = analyses()
+    for name in names:
+        if name != ALL and name not in known:
+            raise unknown_name("analysis", name, (*known, ALL))
+    if len(set(names)) < len(names) or not names:
+        raise ValueError(f"analyses need distinct names, or {ALL!r}; got {', '.join(names) or 'none'}")
+    wanted = list(dict.fromkeys((*MAIN, *known))) if ALL in names else list(names)
+    lacking = {name: lack for name in wanted if (lack := known[name].lacks(run))}
+    refused = [name for name in lacking if name in names]
+    if refused:
+        raise ValueError(f"{refused[0]} needs {lacking[refused[0]]}, which this run of {_model(run)} has not")
+    return tuple(name for name in wanted if name not in lacking), lacking
 
 
 def analyse(
     run: Run, directory: str | PathLike[str], *, names: Sequence[str] = MAIN, seed: int = 0,
     say: Callable[[str], None] = lambda _: None, overwrite: bool = False,
 ) -> dict[str, xr.Dataset]:  # fmt: skip
-    """Run the named analyses and write DIRECTORY/NAME.nc.
+    """Run the named analyses and write DIRECTORY/NAME.nc; see `measurable`.
+
+    Where `ALL` is asked for, an analysis that refuses the run is said and left out, and the others go on.
 
     Raises:
-        ValueError: an unknown analysis (nearest given), or a result that exists, unless overwriting.
+        ValueError: an unknown analysis (nearest given), one that the run lacks something for, or a result that exists,
+            unless overwriting.
     """
-    for name in names:
-        if name not in ANALYSES:
-            raise unknown_name("analysis", name, tuple(ANALYSES))
+    chosen, lacking = measurable(run, names)
+    for name in chosen:
         check_free(Path(directory) / f"{name}.nc", overwrite)
+    for name, lack in lacking.items():
+        say(f"left out: {name}, which needs {lack}")
     results = {}
-    for name in names:
+    for name in chosen:
         say(f"measuring {name}")
-        result = ANALYSES[name](run, seed).compute()
+        try:
+            result = analyses()[name].of_run(run, seed).compute()
+        except ValueError as error:
+            if name in names:
+                raise
+            say(f"failed: {name}: {error}")
+            continue
         origin = {key: run.trace.attrs.get(key) for key in ("model", "model_hash", "versions", "created_at")}
         results[name] = result.assign_attrs({f"trace_{key}": value for key, value in origin.items()})
         save(results[name], Path(directory) / f"{name}.nc", overwrite=overwrite)
@@ -88,18 +82,5 @@ def analyse_beside(
     return {} if run.beside is None else analyse(run.beside, directory, say=lambda it: say(f"beside: {it}"), **options)
 
 
-def answerable_queries(trace: xr.Dataset) -> np.ndarray | None:
-    """Position of one query a row, (batch, 1): the last whose source lies in the window up to it, else the last query.
-
-    A kernel is taken over the last 2^floor(log2 n) of the n tokens up to its query; where the pair was written before
-    that window there is nothing to see. None without a task: then the last valid token is the query.
-    """
-    if "role" not in trace.coords:
-        return None
-    position = trace["position"].values
-    asked = (trace["role"] == "query").values & trace["valid"].values
-    source = np.take_along_axis(position, np.maximum(trace["source_token"].values, 0), axis=1)
-    window = 2 ** np.floor(np.log2(np.maximum(position + 1, 1))).astype(int)
-    seen = asked & (source > position - window)
-    score = np.where(seen, 2, np.where(asked, 1, 0)) * position.shape[1] + np.arange(position.shape[1])
-    return np.take_along_axis(position, score.argmax(axis=1)[:, None], axis=1)
+def _model(run: Run) -> str:
+    return str(run.trace.attrs.get("model", "a model"))

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from mamba_probe.report.beside import describe, is_closed_form
+from mamba_probe.analyses.common.analysis import number
+from mamba_probe.reference import describe, is_closed_form
 from mamba_probe.report.figures import draw
-from mamba_probe.report.findings import finding, number
+from mamba_probe.report.findings import finding
 from mamba_probe.run import Run
 
 __all__ = ["write_report"]
@@ -22,9 +23,11 @@ TEMPLATE = Path(__file__).parent / "page.html"
 
 def write_report(
     run: Run, results: dict[str, xr.Dataset], directory: str | PathLike[str], *,
-    beside: Mapping[str, xr.Dataset] | None = None,
+    beside: Mapping[str, xr.Dataset] | None = None, figures: str = "figures/", stored: str = "results/",
 ) -> Path:  # fmt: skip
-    """Draw every result to DIRECTORY/figures and write DIRECTORY/report.html, which needs no other file.
+    """Draw every result to DIRECTORY/FIGURES and write DIRECTORY/report.html, which needs no other file.
+
+    `stored` is the folder that the results were written to, which the page names.
 
     `beside` has the results of the reference `run.beside`, by analysis: a column of the tables, a half of the pictures.
     """
@@ -33,14 +36,14 @@ def write_report(
     directory, others = Path(directory), beside or {}
     sections = []
     for name, result in results.items():
-        png, svg = draw(name, result, directory / "figures", beside=others.get(name))[:2]
+        png, svg = draw(name, result, directory / figures, beside=others.get(name))[:2]
         found = finding(name, result, others.get(name))
         sections.append({"name": name, "finding": found, "png": _embedded(png), "svg": svg.name})
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(TEMPLATE.read_text()).render(
         model=run.trace.attrs["model"], subject=_subject(run.trace), sections=sections, beside=_beside(run),
-        provenance=_provenance(run), parity=_parity(run), parity_error=run.parity.attrs["error"],
-        parity_parting=run.parity.attrs["parting"],
+        figures=figures, stored=stored, provenance=_provenance(run), parity=_parity(run),
+        parity_error=run.parity.attrs["error"], parity_parting=run.parity.attrs["parting"],
     )  # fmt: skip
     path = directory / "report.html"
     partial = path.with_suffix(".partial")

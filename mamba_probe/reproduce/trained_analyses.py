@@ -10,9 +10,9 @@ import numpy as np
 import xarray as xr
 
 from mamba_probe.analyses import hidden_attention, memory_horizon, recall_circuit, wavelet_alignment
+from mamba_probe.analyses.common.queries import answerable_queries
 from mamba_probe.constructions import Construction
 from mamba_probe.probe import attach
-from mamba_probe.report.analysing import answerable_queries
 from mamba_probe.reproduce.claim import Claim
 from mamba_probe.reproduce.finding import BETWEEN, LIES, NO_CIRCUIT, OUTSIDE, found, lies
 from mamba_probe.reproduce.table import REPORT, Cell, Row

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from mamba_probe.report import analyse, draw, finding
-from mamba_probe.report.analysing import ANALYSES, MAIN
+from mamba_probe.analyses.common.analysis import analyses
+from mamba_probe.report import MAIN, analyse, draw, finding
 from mamba_probe.run import Run
 
 
@@ -33,7 +33,7 @@ def run_of(step, n_layers=2, lengths=(40, 24)):
 
 
 def test_it_is_analysed_on_request_only(tmp_path):
-    assert "hidden_attention" in ANALYSES
+    assert "hidden_attention" in analyses()
     assert MAIN == ("recall_circuit", "memory_horizon", "wavelet_alignment")
     result = analyse(run_of(0.5), tmp_path, names=("hidden_attention",))["hidden_attention"]
     assert (tmp_path / "hidden_attention.nc").exists()

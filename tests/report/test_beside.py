@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 
 import mamba_probe as mp
 from mamba_probe import blocks, zoo
+from mamba_probe.analyses.common.words import Row
 from mamba_probe.cli import app
 from mamba_probe.report import load_beside, named
 from mamba_probe.report.figures import _align
-from mamba_probe.report.findings import Row, _paired
+from mamba_probe.report.findings import _paired
 from mamba_probe.run import Run, vocabulary
 from mamba_probe.trace import open_dataset
 from mamba_probe.training import RECIPES

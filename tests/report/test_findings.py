@@ -6,9 +6,9 @@ import xarray as xr
 
 import mamba_probe as mp
 from mamba_probe.analyses import memory_horizon, wavelet_alignment
+from mamba_probe.analyses.common.queries import answerable_queries
+from mamba_probe.analyses.common.words import number, span
 from mamba_probe.report import finding
-from mamba_probe.report.analysing import answerable_queries
-from mamba_probe.report.findings import number, span
 
 
 def make_trace(delta, A=1.0, C=1.0, n_layers=1):

@@ -1,4 +1,4 @@
-"""The reference that a report puts beside a model: by default the closed form that the model's card names."""
+"""What a model's card says, and the reference that a report puts beside it: by default the one that the card names."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from mamba_probe.formats.files import read_json
 from mamba_probe.load import load
 from mamba_probe.trace.contract import unknown_name
 
-__all__ = ["NONE", "describe", "is_closed_form", "load_beside", "named"]
+__all__ = ["NONE", "card_train_length", "describe", "is_closed_form", "load_beside", "named"]
 
 NONE = "none"
 """What asks for no reference."""
@@ -55,7 +55,7 @@ def load_beside(name: str, vocab: int) -> nn.Module:
             f"{name} is built for at most {LARGEST} token ids; the model has {vocab}: pass --beside {NONE}"
         )
     model: Any = constructions.mqar(kind, vocab // 2, vocab // 2).model
-    model._mamba_probe_source = {"source": name}
+    model._mamba_probe_source = {"source": name, "vocab": vocab}
     return model
 
 
@@ -76,6 +76,17 @@ def describe(name: str) -> str:
         what = f"A one-layer {kind} language model that solves the task."
         return f"{what} Its weights are written down in closed form, not trained."
     return _card(name).get("what", "")
+
+
+def card_train_length(source: str) -> int | None:
+    """Return the longest rows that a checkpoint was trained on, where its card says that it was trained; else None.
+
+    Example:
+        >>> card_train_length("zoo:trained-keep-mamba1-64"), card_train_length("zoo:mqar-mamba1")
+        (64, None)
+    """
+    card = _card(source)
+    return int(card["task"]["length"]) if "config" in card else None
 
 
 def _card(source: str) -> dict[str, Any]:

@@ -1,0 +1,88 @@
+"""Arguments and options that commands share: one meaning and one help text each."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = [
+    "ANALYSES",
+    "BACKEND",
+    "BESIDE",
+    "LENGTH",
+    "MODEL",
+    "OUT",
+    "OVERWRITE",
+    "PAIRS",
+    "ROWS",
+    "SEED",
+    "TASK",
+    "TEXT",
+    "TOKENIZER",
+    "TRAINED_ON",
+    "Backend",
+    "Task",
+    "What",
+]
+
+
+class Task(StrEnum):
+    """Tasks that can be generated."""
+
+    mqar = "mqar"
+
+
+class What(StrEnum):
+    """Claims that can be reproduced."""
+
+    haar = "haar"
+    keep = "keep"
+    mqar = "mqar"
+    induction = "induction"
+    trained_keep = "trained-keep"
+    trained_recall = "trained-recall"
+    trained_analyses = "trained-analyses"
+    all = "all"
+
+
+class Backend(StrEnum):
+    """Backends of the scan."""
+
+    auto = "auto"
+    cpu = "cpu"
+    naive = "naive"
+    triton = "triton"
+
+
+MODEL = Annotated[str, typer.Argument(help="zoo:NAME, a directory (transformers or state-spaces format), or a hub id.")]
+OUT = Annotated[Path, typer.Option("--out", "-o", help="Directory to write to.")]
+TASK = Annotated[Task | None, typer.Option(help="Record on a generated task, whose answers are known.")]
+TEXT = Annotated[Path | None, typer.Option(help="Record on a text file (UTF-8), cut into rows of --length tokens.")]
+TOKENIZER = Annotated[str | None, typer.Option(help="Directory or hub id of the tokenizer; default: MODEL's own.")]
+ROWS = Annotated[
+    int | None, typer.Option(min=1, help="Rows: of the task (default 64), of the text at most (default 4).")
+]
+LENGTH = Annotated[int | None, typer.Option(min=1, help="Tokens a row: of the task (default 64), of the text (512).")]
+PAIRS = Annotated[int, typer.Option(min=1, help="Key-value pairs in a row of mqar.")]
+SEED = Annotated[int, typer.Option(help="Seed of the task, the randomised twin and the intervals.")]
+BESIDE = Annotated[
+    str | None,
+    typer.Option(
+        help="With --task, a reference recorded and measured beside MODEL: construction:KIND (mamba1, mamba2, s4d: the"
+        " task's closed form at MODEL's vocabulary), whatever MODEL can be, or none. Default: what MODEL's card names."
+    ),
+]
+TRAINED_ON = Annotated[
+    int | None,
+    typer.Option("--train-length", min=1, help="Tokens of the rows MODEL was trained on. Default: what its card says."),
+]
+ANALYSES = Annotated[
+    str,
+    typer.Option(
+        help="Analyses of the report: main (the three), all that the run has what it needs for, or names with commas"
+        " between; `mamba-probe analyze --help` has them."
+    ),
+]
+OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Replace what the directory holds of an earlier run.")]
+BACKEND = Annotated[Backend, typer.Option(help="Backend of our scan; `mamba-probe doctor` says what auto is here.")]

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
-from pkgutil import iter_modules
+from pathlib import Path
 from typing import Any
 
 import xarray as xr
@@ -69,6 +68,6 @@ def analyses() -> Mapping[str, Analysis]:
     >>> "memory_horizon" in analyses()
     True
     """
-    package = import_module("mamba_probe.analyses")
-    entries = (f"{package.__name__}.{found.name}.entry" for found in iter_modules(package.__path__) if found.ispkg)
-    return {entry.split(".")[-2]: import_module(entry).ANALYSIS for entry in sorted(entries) if find_spec(entry)}
+    package = "mamba_probe.analyses"
+    folders = {entry.parent.name for path in import_module(package).__path__ for entry in Path(path).glob("*/entry.py")}
+    return {name: import_module(f"{package}.{name}.entry").ANALYSIS for name in sorted(folders)}

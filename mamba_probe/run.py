@@ -7,7 +7,7 @@ DIR/beside/...                                    where another model was record
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import ceil
@@ -82,6 +82,29 @@ class Run:
     def inputs(self) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and mask (batch, token) as recorded."""
         return self.trace["token_id"].values.astype(np.int64), self.trace["valid"].values.astype(np.int64)
+
+    @property
+    def sizes(self) -> Mapping[Any, int]:
+        """Sizes of the trace, by dimension."""
+        return self.trace.sizes
+
+    def isel(self, batch: Sequence[int] | np.ndarray | slice) -> "Run":
+        """The run of some rows, as `xarray` takes them: trace, twin and task; the model, weights and parity are whole.
+
+        Answers under edits are counted over all rows, so they are left out, and so is what was recorded beside.
+        """
+        twin = None if self.twin is None else (self.twin[0].isel(batch=batch), self.twin[1])
+        trace = self.trace.isel(batch=batch)
+        return replace(self, trace=trace, twin=twin, interventions=None, beside=None)
+
+    def with_model(self) -> "Run":
+        """The run with its model at hand, so that it is loaded once.
+
+        Raises:
+            ValueError: as `probe`.
+        """
+        with self.probe() as probe:
+            return replace(self, model=probe.model)
 
     @contextmanager
     def probe(self) -> Iterator[Probe]:

@@ -77,6 +77,21 @@ def test_a_run_that_is_opened_again_has_its_task_and_its_model(stored):
             np.testing.assert_array_equal(probe.record(task)["delta"].values, run.trace["delta"].values)
 
 
+def test_some_rows_of_a_run_are_a_run(stored):
+    task, live, run, _ = stored
+    part = run.isel(batch=[1, 1])
+    assert (part.sizes["batch"], part.interventions, part.beside) == (2, None, None)
+    np.testing.assert_array_equal(part.task.input_ids, task.input_ids[[1, 1]])
+    np.testing.assert_array_equal(part.twin[0]["delta"].values, run.twin[0]["delta"].values[:, [1, 1]])
+    assert part.weights is run.weights
+    held = run.with_model()
+    assert held.model is not None
+    with held.isel(batch=[0]).probe() as probe:
+        assert probe.model is held.model
+    with live.probe() as probe:
+        assert probe.model is live.model
+
+
 def test_a_text_has_no_task(model, tmp_path):
     letters = SimpleNamespace(convert_ids_to_tokens=lambda ids: [chr(97 + i) for i in ids])
     tokenizer = type("Letters", (), {"__call__": lambda _, text: {"input_ids": [ord(c) % 32 for c in text]}})()

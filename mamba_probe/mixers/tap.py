@@ -15,7 +15,7 @@ from mamba_probe.kernels.scan import ScanResult, selective_scan
 from mamba_probe.mixers.offload import refuse_absent
 from mamba_probe.mixers.states import interrupted
 
-__all__ = ["OPEN_GATE", "Action", "Call", "Listener", "Tap", "Watcher"]
+__all__ = ["OPEN_GATE", "Action", "Call", "Listener", "Rules", "Tap", "Watcher"]
 
 OPEN_GATE = 1.2784645427610738
 """The z with silu(z) = 1: where a library insists on a gate, this one is open."""
@@ -94,6 +94,20 @@ class Watcher(Protocol):
         ...
 
 
+class Rules(Protocol):
+    """Who gives a mixer's parts gradients of its own, and leaves their values: see `mamba_probe.relevance`."""
+
+    def scan(
+        self, x: Tensor, z: Tensor | None, selection: Mapping[str, Tensor | None], fixed: Mapping[str, Any]
+    ) -> ScanResult:
+        """`selective_scan` of x, gated by z; `selection` is what the tokens choose."""
+        ...
+
+    def conv(self, original: Callable[..., Tensor], hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The library's convolution and its activation."""
+        ...
+
+
 @dataclass
 class Tap:
     """The scan of one layer, with the edits that act on it, those who watch, and the listener that records it."""
@@ -103,6 +117,7 @@ class Tap:
     edits: list[Action] = field(default_factory=list)
     watchers: list[Watcher] = field(default_factory=list)
     listener: Listener | None = None
+    rules: Rules | None = None
     call: Call | None = None
     acted: set[int] = field(default_factory=set)
     """Identities of the actions that have changed something."""
@@ -157,6 +172,10 @@ class Tap:
         options: dict[str, Any] = {"discretization": discretization, "backend": self.backend}
         if x.dtype == torch.float64:  # the library rounds these to fp32 whatever the model is
             A, D, delta_bias = _double(A), _double(D), _double(delta_bias)
+        if self.rules is not None:
+            fixed = {"D": D, "delta_softplus": delta_softplus, "delta_limits": delta_limits} | options
+            selection = {"delta": delta, "A": A, "B": B, "C": C, "delta_bias": delta_bias}
+            return self.rules.scan(x, z, selection, fixed | {"initial_state": initial_state})
         if self.touches("dt", "delta", "A_bar", "h"):
             delta = self.edited("dt", _biased(delta, delta_bias))
             delta = F.softplus(delta) if delta_softplus else delta
@@ -247,6 +266,8 @@ class Tap:
 
         def convolution(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             refuse_absent(self.layer, "convolution", (hidden, *args, *kwargs.values()))
+            if self.rules is not None:
+                return self.rules.conv(original, hidden, *args, **kwargs)
             out = original(hidden, *args, **kwargs)  # always: it updates the cached window
             if not self.taken_out("conv"):
                 return out

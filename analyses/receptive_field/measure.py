@@ -1,0 +1,247 @@
+"""Trace in, receptive fields out: validation, nulls and intervals."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from mamba_probe.analyses.common import Canonical, described, interval, refuse
+from mamba_probe.analyses.receptive_field import core, live, rows
+from mamba_probe.analyses.receptive_field.asked import FRACTIONS, Asked
+from mamba_probe.analyses.receptive_field.words import attributes, coordinates, entry
+
+__all__ = ["measure"]
+
+Statistic = Callable[[np.ndarray], np.ndarray]
+CLAMPED_TOP = 0.1
+"""Smallest of the three shares in LongMamba's published code, which names none of them its default."""
+
+
+def measure(
+    trace: xr.Dataset, *, train_length: int | None = None, jacobian: xr.Dataset | Sequence[xr.Dataset] | None = None,
+    remembrance: xr.Dataset | None = None, query_tokens: Sequence[int] | np.ndarray | None = None,
+    lags: tuple[int, int | None] = (4, None), theta: float = 5e-2, top: float = CLAMPED_TOP, n_bootstrap: int = 200,
+    seed: int = 0, weights: object = None, interventions: object = None, baseline: xr.Dataset | None = None,
+) -> xr.Dataset:  # fmt: skip
+    r"""Measure how far a layer sees: by query, past the length trained on, and by what moves its output.
+
+    $$\mathrm{MMD}_L = \frac{\sum_s (L - s)\, |\alpha_L[s]|}{\sum_s |\alpha_L[s]|}, \qquad
+      e^{A \sum_{t \le L_{train}} \Delta_t} > \theta, \qquad S_k = \frac{|\partial y_L / \partial u_k|}{\sum_j \cdot}$$
+
+    Sources: Mamba Mean Distance, DeciMamba, arXiv 2406.14528 (the mean distance of `hidden_attention`); global
+    channels, LongMamba, arXiv 2504.16053; the relative gradient, "Block-Biased Mamba", arXiv 2505.09022; recency and
+    over-smoothing, after arXiv 2501.00658; effective remembrance, arXiv 2507.02782. Collapse ratio, spread, nulls and
+    intervals: ours. What is not given is left out, and named in attrs["left_out"].
+
+    Args:
+        trace: delta, A, B and C, with `valid` and `position`; token distance where `u` or `out` was recorded.
+        train_length: tokens of the rows that the model was trained on, at least 8; never guessed.
+        jacobian: what `probe.jacobian(query_tokens=..)` or `(source_tokens=..)` returned, or a list of that, one a
+            layer; its rows may be some of the trace's. A few random read-outs of +1 and -1 stand for all features: the
+            root of the sum of squares over them estimates the Frobenius norm, but for a scale, which drops out.
+        remembrance: what `probe.remembrance` returned.
+        query_tokens: positions that all rows have; default: 8, evenly spread over the shortest row. The last is the
+            one whose sources are profiled.
+        lags: first and last lag (None: the longest) of the slopes; by default past the usual convolution's 4 taps.
+        theta: retention above which a head is global.
+        top: share of the largest steps at whose smallest delta is clamped.
+        n_bootstrap: replicates of the 95 % intervals, over rows; NaN with one row.
+        seed: of the replicates and of the shuffle.
+        weights, interventions: not used; refused.
+        baseline: the trace of an untrained twin on the same rows, of the same layers: measured alike, without what
+            needs the model: `baseline_layer_*`.
+
+    Returns:
+        By layer, with `_low`, `_high` and nulls: mean_distance (query_token); train_mean_distance and collapse_ratio
+        (fraction of train_length: 1 keeps pace, 1/fraction stands still); global_share; mixer_spread and mixer_slope;
+        block_spread and block_slope; token_distance_u and _out. layer_mixer_profile (lag) and layer_block_profile
+        (block_lag); by head: head_mean_distance, head_train_retention; remembrance and null_other_row (start).
+
+    Raises:
+        ValueError: a missing variable, tokens with gaps, a query that a row lacks, a jacobian, remembrance or baseline
+            that does not belong to the trace.
+
+    >>> one = np.ones((1, 2, 16, 1))
+    >>> trace = xr.Dataset(
+    ...     {"delta": (("layer", "batch", "token", "channel"), one),
+    ...      "B": (("layer", "batch", "token", "group", "state"), one[..., None]),
+    ...      "C": (("layer", "batch", "token", "group", "state"), one[..., None]),
+    ...      "A": (("layer", "channel", "state"), np.full((1, 1, 1), -np.log(2)))},
+    ...     {"layer": [0], "valid": (("batch", "token"), np.ones((2, 16), bool)),
+    ...      "position": (("batch", "token"), np.tile(np.arange(16), (2, 1)))},
+    ...     {"schema_version": 1, "family": "mamba", "discretization": "euler"})
+    >>> found = measure(trace, train_length=8)
+    >>> round(found["layer_mixer_slope"].item(), 6), found["layer_mixer_spread"].item()
+    (-0.693147, 0.0)
+    >>> found["layer_collapse_ratio"].values.round(2).tolist()
+    [[2.41, 1.77, 1.0, 0.48, nan]]
+    """
+    refuse("receptive_field", weights=weights, interventions=interventions)
+    view = Canonical(trace, "delta", "A", "B", "C")
+    asked = Asked.of(view, query_tokens, train_length, lags, theta, top)
+    result = _Result(view, asked, n_bootstrap, seed)
+    result.mixer()
+    result.trained()
+    result.tokens()
+    result.block(jacobian)
+    result.remember(remembrance)
+    same = {"train_length": train_length, "lags": lags, "theta": theta, "top": top}
+    result.beside(baseline, same | {"n_bootstrap": n_bootstrap, "seed": seed})
+    entries = {name: entry(name, result.found[name], view.head_dim) for name in sorted(result.found)}
+    coords = coordinates(view, asked, result.found, result.starts)
+    return described(entries, coords, attributes(view, asked, result.left_out, result.live, n_bootstrap, seed))
+
+
+class _Result:
+    """The variables of a result, measure by measure."""
+
+    def __init__(self, view: Canonical, asked: Asked, n_bootstrap: int, seed: int):
+        self.view, self.asked, self.n_bootstrap, self.seed = view, asked, n_bootstrap, seed
+        self.found: dict[str, np.ndarray] = {}
+        self.left_out: list[str] = []
+        self.live: dict[str, str] = {}
+        self.starts = np.zeros(0, dtype=int)
+
+    def _keep(self, name: str, n_rows: int, executed: Statistic, **nulls: Statistic) -> None:
+        """A statistic of how often each row is drawn, with its interval, and the nulls' without."""
+        ones = np.ones(n_rows, dtype=int)
+        self.found[name] = np.asarray(executed(ones))
+        self.found[f"{name}_low"], self.found[f"{name}_high"] = interval(executed, n_rows, self.n_bootstrap, self.seed)
+        for kind, statistic in nulls.items():
+            self.found[name.replace("layer_", f"layer_{kind}_")] = np.asarray(statistic(ones))
+
+    def _means(self, name: str, executed: np.ndarray, **nulls: np.ndarray) -> None:
+        """Means over rows, the first axis."""
+        others = {kind: _mean_of(values) for kind, values in nulls.items()}
+        self._keep(name, len(executed), _mean_of(executed), **others)
+
+    def mixer(self) -> None:
+        """Distances by query and by prefix, and what the last query reads: its profile, its spread and its slope."""
+        found = rows.mixer(self.view, self.asked.at.tolist(), int(self.asked.shown[-1]), self.seed)
+        shown = np.searchsorted(self.asked.at, self.asked.shown)
+        by_row = {_prefix(kind): np.moveaxis(values, 1, 0) for kind, values in found.distance.items()}
+        executed = by_row.pop("")
+        self._means("layer_mean_distance", executed[..., shown], **{k: v[..., shown] for k, v in by_row.items()})
+        self.found["head_mean_distance"] = found.head_distance[:, shown]
+        if self.asked.train_length is None:
+            self.left_out.append("train_mean_distance and collapse_ratio: no train_length= given")
+        else:
+            self._prefixes({"": executed, **by_row})
+        shares = {_prefix(kind): core.profile(size) for kind, size in found.size.items()}
+        self.found["layer_mixer_profile"] = _profile(shares[""])
+        spreads = {kind: _spreads(values) for kind, values in shares.items()}
+        self._means("layer_mixer_spread", spreads.pop(""), **spreads)
+        slopes = {_prefix(kind): self._slopes(size) for kind, size in found.size.items()}
+        self.found["layer_mixer_slope_used"] = slopes[""][1].mean(axis=0)
+        lines = {kind: values[0] for kind, values in slopes.items()}
+        self._means("layer_mixer_slope", lines.pop(""), **lines)
+
+    def _slopes(self, size: np.ndarray) -> np.ndarray:
+        """Slope, and share of sources used (both, row, layer)."""
+        lag = np.arange(size.shape[-1] - 1, -1, -1)
+        found = np.apply_along_axis(lambda one: np.array(core.slope(one, lag, *self.asked.lags)), -1, size)
+        return found.transpose(2, 1, 0)
+
+    def _prefixes(self, distance: dict[str, np.ndarray]) -> None:
+        at = self.asked.fractions
+        cut = {kind: np.where(at < 0, np.nan, values[..., at]) for kind, values in distance.items()}
+        whole = FRACTIONS.index(1.0)
+
+        def ratio(values: np.ndarray) -> Statistic:
+            def statistic(draws: np.ndarray) -> np.ndarray:
+                means = core.mean(values, draws)
+                trained = means[:, whole : whole + 1]
+                return means / np.where(trained > 0, trained, np.nan) / self.asked.pace
+
+            return statistic
+
+        ratios = {kind: ratio(values) for kind, values in cut.items()}
+        self._means("layer_train_mean_distance", cut.pop(""), **cut)
+        self._keep("layer_collapse_ratio", self.view.n_rows, ratios.pop(""), **ratios)
+
+    def trained(self) -> None:
+        """Heads that retain over the length trained on."""
+        length, view = self.asked.train_length, self.view
+        if length is None or not self.asked.trained:
+            why = f"rows of {self.asked.shortest} tokens" if length else "no train_length= given"
+            self.left_out.append(f"global_share and train_retention: {why}")
+            return
+        clamped, plain = (np.moveaxis(part, 1, 0) for part in rows.retentions(view, length, self.asked.top))
+
+        def share(values: np.ndarray) -> Statistic:
+            return lambda draws: np.mean(core.mean(values, draws) > self.asked.theta, axis=1)
+
+        self.found["head_train_retention"] = clamped.mean(axis=0)
+        self._keep("layer_global_share", view.n_rows, share(clamped), null_lti=share(plain))
+
+    def tokens(self) -> None:
+        """How far a layer's tokens lie from one another."""
+        for name in ("u", "out"):
+            if name in self.view.trace:
+                self._means(f"layer_token_distance_{name}", rows.distances(self.view, name))
+            else:
+                self.left_out.append(f"token_distance_{name}: {name} was not recorded")
+
+    def block(self, jacobian: xr.Dataset | Sequence[xr.Dataset] | None) -> None:
+        """Profile, spread and slope with the selection moving."""
+        if jacobian is None:
+            self.left_out.append("block_profile, block_spread and block_slope: no jacobian= given")
+            return
+        found = live.block(jacobian, self.view.layers, self.view.trace.attrs.get("model_hash"), self.asked.lags)
+        self.live["jacobian"] = found.asked
+        self.found["layer_block_slope_used"] = core.mean(found.used.T, np.ones(found.used.shape[1], dtype=int))
+        self._means("layer_block_slope", found.slope.T)
+        if found.size is None:
+            self.left_out.append("block_profile and block_spread: jacobian= is of source_tokens, not of query_tokens")
+            return
+        shares = core.profile(found.size)
+        self.found["layer_block_profile"] = _profile(shares)
+        self._means("layer_block_spread", _spreads(shares))
+
+    def remember(self, remembrance: xr.Dataset | None) -> None:
+        """Predictions without the first tokens."""
+        if remembrance is None:
+            self.left_out.append("remembrance: no remembrance= given")
+            return
+        held = live.check_remembrance(remembrance, self.view.trace.attrs.get("model_hash"))
+        self.starts = held["start"].values
+        self.live["remembrance"] = f"{held.sizes['batch']} row(s): {held.attrs.get('estimator', 'not stated')}"
+        self._means("remembrance", held["remembrance"].values)
+        other = held["null_other_row"].values
+        self.found["null_other_row"] = core.mean(other, np.ones(len(other), dtype=int))
+
+    def beside(self, baseline: xr.Dataset | None, settings: dict[str, Any]) -> None:
+        """The layers of an untrained twin, measured alike."""
+        if baseline is None:
+            self.left_out.append("baseline: none given")
+            return
+        other = Canonical(baseline, "delta", "A", "B", "C")
+        if other.layers.tolist() != self.view.layers.tolist() or not np.array_equal(other.valid, self.view.valid):
+            raise ValueError(
+                f"baseline needs the trace's layers {self.view.layers.tolist()} and its rows and tokens; got layers "
+                f"{other.layers.tolist()}, valid {other.valid.shape}: record it on the same inputs"
+            )
+        found = measure(baseline, query_tokens=self.asked.shown, **settings)
+        for name in [name for name in self.found if f"{name}_low" in found and name.startswith("layer_")]:
+            for end in ("", "_low", "_high"):
+                self.found[f"baseline_{name}{end}"] = found[f"{name}{end}"].values
+        self.live["baseline"] = found.attrs["model"]
+
+
+def _prefix(kind: str) -> str:
+    return "" if kind == "executed" else kind
+
+
+def _mean_of(values: np.ndarray) -> Statistic:
+    return lambda draws: core.mean(values, draws)
+
+
+def _profile(shares: np.ndarray) -> np.ndarray:
+    """Mean over rows (layer, lag) of shares (layer, row, source), the query's own first."""
+    return core.mean(np.moveaxis(shares, 1, 0), np.ones(shares.shape[1], dtype=int))[:, ::-1]
+
+
+def _spreads(shares: np.ndarray) -> np.ndarray:
+    """(row, layer) of shares (layer, row, source)."""
+    return np.stack([core.spread(one) for one in shares], axis=1)

@@ -1,0 +1,86 @@
+"""What the trace alone says of each row: distances and sizes of hidden attention, retention, token distance."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from mamba_probe.analyses.common import Canonical, runs
+from mamba_probe.analyses.hidden_attention.core import statistics
+from mamba_probe.analyses.hidden_attention.stream import KINDS, blocks
+from mamba_probe.analyses.receptive_field import core
+
+__all__ = ["KINDS", "Mixer", "distances", "mixer", "retentions"]
+
+HELD_BYTES = 2**25
+"""Most bytes of one array that is read at once, in float64."""
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """Rows of hidden attention, by kind (`KINDS`: executed, frozen to means, delta shuffled).
+
+    Attributes:
+        distance: mean distance read (layer, row, query), mean over the heads that read something.
+        head_distance: executed, by head (layer, query, head), mean over the rows where the head reads something.
+        size: size of each source at one query, root of the sum of alpha^2 over heads (layer, row, source).
+    """
+
+    distance: dict[str, Float[np.ndarray, "layer row query"]]
+    head_distance: Float[np.ndarray, "layer query head"]
+    size: dict[str, Float[np.ndarray, "layer row source"]]
+
+
+def mixer(view: Canonical, queries: Sequence[int], profiled: int, seed: int) -> Mixer:
+    """Read every row at `queries`, positions that all rows have; at one, `profiled`, the sizes of its sources too."""
+    place = (view.n_layers, view.n_rows, len(queries))
+    sums = {kind: np.zeros((2, *place)) for kind in KINDS}
+    heads = np.zeros((2, view.n_layers, len(queries), view.n_heads))
+    size = {kind: np.zeros((*place[:2], profiled + 1)) for kind in KINDS}
+    for layer, row in np.ndindex(place[:2]):
+        for block in blocks(view, layer, row, queries, seed):
+            for kind in KINDS:
+                for query, at in enumerate(queries):
+                    alpha = block.alpha(kind, at)
+                    found = statistics(alpha)["mean_distance"]
+                    parts = np.stack([np.nan_to_num(found), ~np.isnan(found)])
+                    sums[kind][:, layer, row, query] += parts.sum(axis=1)
+                    if kind == "executed":
+                        heads[:, layer, query, block.heads] += parts
+                    if at == profiled:
+                        here = size[kind][layer, row]
+                        np.hypot(here, core.norm(alpha.T), out=here)
+    return Mixer({kind: _ratio(*both) for kind, both in sums.items()}, _ratio(*heads), size)
+
+
+def _ratio(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+
+
+def retentions(view: Canonical, length: int, top: float) -> Float[np.ndarray, "both=2 layer row head"]:
+    """What is left of a write after the first `length` tokens: delta clamped, and as it is."""
+    found = np.zeros((2, view.n_layers, view.n_rows, view.n_heads))
+    chunks = np.cumsum(view.trace["delta"].chunksizes.get(view.head_dim, ()))
+    for layer in range(view.n_layers):
+        decay = view.decay(layer)
+        for heads in runs(view.n_heads, chunks, max(1, HELD_BYTES // (8 * length))):
+            for row in range(view.n_rows):
+                delta = view.load("delta", layer, row, heads, slice(length))
+                for kind, steps in enumerate((core.clamped(delta, top), delta)):
+                    found[kind, layer, row, heads] = core.retention(steps, decay[heads])
+    return found
+
+
+def distances(view: Canonical, name: str) -> Float[np.ndarray, "row layer"]:
+    """Token distance of a variable over (layer, batch, token, model); a run of tokens at a time."""
+    found, width = np.full((view.n_rows, view.n_layers), np.nan), view.trace.sizes["model"]
+    edges: Int[np.ndarray, " chunk"] = np.cumsum([0, *view.trace[name].chunksizes.get("token", ())])
+    for row, layer in np.ndindex(found.shape):
+        n_tokens, total, square = len(view.positions(row)), np.zeros(width), 0.0
+        ends = sorted({int(view.valid[row, :edge].sum()) for edge in edges[1:].tolist()} - {0})
+        for tokens in runs(n_tokens, ends, max(1, HELD_BYTES // (8 * width))):
+            values = view.load(name, layer, row, tokens=tokens)
+            total, square = total + values.sum(axis=0), square + float(np.sum(values**2))
+        found[row, layer] = core.token_distance(n_tokens, total, square)
+    return found

@@ -1,0 +1,106 @@
+"""Head and layer ablation of a recorded run: how it is measured, said and drawn."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from mamba_probe.analyses.ablation.measure import QUANTITIES, measure
+from mamba_probe.analyses.ablation.plot import plot
+from mamba_probe.analyses.common.analysis import Analysis, Panel, Row, number, span
+from mamba_probe.analyses.sinks.entry import MOST_ROWS, batch_of, first_rows, lacks_predictions
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["ANALYSIS"]
+
+MOST_UNITS = 32
+"""Parts of all layers together, beside the layers as wholes."""
+MOST_PARTS = 16
+"""Groups of channels of one layer, where it has more heads or channels than 32."""
+DRAWS = 2
+"""Random sets for each number of channels."""
+TOLD = 8
+"""Units of the table: those that cost most."""
+
+
+def _of_run(run: Any, seed: int) -> xr.Dataset:
+    trace, (inputs, mask) = run.trace.isel(batch=slice(MOST_ROWS)), first_rows(run)
+    chosen, rule = _parts(trace.sizes[trace["delta"].dims[-1]], trace.sizes["layer"])
+    with run.probe() as probe:
+        ablated = probe.ablate_units(inputs, mask, n_random=DRAWS, seed=seed, batch_size=batch_of(run), **chosen)
+    rows = f"the first {trace.sizes['batch']} of {run.trace.sizes['batch']}"
+    return measure(trace, ablated=ablated, seed=seed).assign_attrs(rows=rows, units=rule)
+
+
+def _parts(n_heads: int, n_layers: int) -> tuple[dict[str, Any], str]:
+    """What of each layer is ablated beside the whole."""
+    most = MOST_UNITS // n_layers
+    if most < 2:
+        return {"heads": ()}, f"every layer as a whole; {n_layers} layers have too many parts for a report"
+    if n_heads <= min(most, 2 * MOST_PARTS):
+        return {"group": 1}, "every layer as a whole, and each of its heads (channels)"
+    group = -(-n_heads // min(most, MOST_PARTS))
+    return {"group": group}, f"every layer as a whole, and its channels (heads), {group} consecutive ones at a time"
+
+
+def _says(result: xr.Dataset) -> tuple[str, list[Row]]:
+    rows = []
+    if "accuracy" in result:
+        value = f"{number(result['accuracy'].item())} ({result['n_correct'].item()}/{result['n_query'].item()})"
+        rows.append(
+            Row("task accuracy", value, "", span(result["accuracy_low"].item(), result["accuracy_high"].item()))
+        )
+    sentence = result.attrs["verdict"][0].upper() + result.attrs["verdict"][1:] + "."
+    if not _solved(result):
+        return sentence, rows
+    name = result.attrs["scored"]
+    what = f"{name} without" if name == "accuracy" else f"{name} without, nats,"
+    harm = QUANTITIES[name][1] * result[f"effect_{name}"].values
+    for index in np.argsort(-harm, kind="stable")[:TOLD]:
+        one = result.isel(unit=int(index))
+        ends = span(one[f"effect_{name}_low"].item(), one[f"effect_{name}_high"].item())
+        null, detail = (
+            number(one[f"random_{name}"].item()),
+            f"; reads with entropy {number(one['entropy'].item())} nats",
+        )
+        unit = f"change of {what} {one['unit'].item()}"
+        rows.append(Row(unit, number(one[f"effect_{name}"].item()), null, ends, detail=detail))
+    if np.isfinite(result["correlation"].item()):
+        null = f"{number(result['correlation_null_low'].item())} to {number(result['correlation_null_high'].item())}"
+        ends = span(result["correlation_low"].item(), result["correlation_high"].item())
+        rows.append(Row("rank correlation of harm and entropy", number(result["correlation"].item()), null, ends))
+    return sentence, rows
+
+
+def _solved(result: xr.Dataset) -> bool:
+    return "solved" not in result or bool(result["solved"])
+
+
+def _entropies(result: xr.Dataset, ax: "Axes") -> None:
+    plot(result, ax, kind="entropy")
+
+
+def _panels(results: Sequence[xr.Dataset]) -> tuple[Panel, ...]:
+    parts = any(_solved(one) and bool((one["kind"] != "layer").any()) for one in results)
+    return (Panel(plot), Panel(_entropies)) if parts else (Panel(plot),)
+
+
+ANALYSIS = Analysis(
+    title="Head and layer ablation",
+    question="What does the model lose without a layer, or without some of its heads or channels?",
+    reading=(
+        "Change of the accuracy (of a text: of the loss) on the same rows with a part taken out: a layer's mixer gives"
+        " 0, or what the scan reads out for some heads (channels) is 0. Null: as many channels drawn at random."
+        " Entropy: of the shares of |alpha| with which the part reads earlier tokens; 0 where it reads one. A model"
+        " that does not solve its task has no effect to score."
+    ),
+    of_run=_of_run,
+    says=_says,
+    panels=_panels,
+    lacks=lacks_predictions,
+    drawn=_solved,
+    notes=("rows", "units", "gate", "p_values", "correlation_rule"),
+)

@@ -15,11 +15,26 @@ __all__ = ["ANALYSIS"]
 
 
 def _of_run(run: Any, seed: int) -> xr.Dataset:
-    return measure(run.trace, baseline=run.twin[0] if run.twin else None, seed=seed)
+    return measure(run.trace, baseline=run.twin[0] if run.twin else None, loss=_loss(run), seed=seed)
+
+
+def _loss(run: Any) -> xr.Dataset | None:
+    """Of a task its answers', of a text each next token's; None without logits or without the model."""
+    if "prediction" not in run.trace.coords or run.lacks_model():
+        return None
+    ids, mask = run.inputs()
+    with run.probe() as probe:
+        return probe.losses(ids, mask, batch_size=16) if run.task is None else probe.losses(run.task, batch_size=16)
 
 
 def _says(result: xr.Dataset) -> tuple[str, list[Row]]:
     rows = [row for layer in shown(result) for row in _rows(result.sel(layer=layer), layer)]
+    if "loss_trend" in result and np.isfinite(result["loss_trend"]):
+        trend, low, high, null = (
+            result[name].item()
+            for name in ("loss_trend", "loss_trend_low", "loss_trend_high", "null_shuffle_loss_trend")
+        )
+        rows.append(Row("loss per doubling of the position, nats", number(trend), number(null), span(low, high)))
     half, size = (result[name].values for name in ("layer_half_life", "layer_ess_entropy"))
     median, layers, states = half[1], result["layer"].values, result.attrs["n_states"]
     ends = dict.fromkeys((int(np.argmin(median)), int(np.argmax(median))))

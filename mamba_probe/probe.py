@@ -11,6 +11,8 @@ import xarray as xr
 from torch import nn
 
 from mamba_probe import provenance
+from mamba_probe.ablating import ablate_class, ablate_units
+from mamba_probe.associating import associating
 from mamba_probe.attaching import check_free_to_attach, chosen_backend, torch_model
 from mamba_probe.estimate import Estimate, estimate
 from mamba_probe.experiments import Experiments
@@ -18,11 +20,14 @@ from mamba_probe.inputs import checked_input
 from mamba_probe.jacobian import measure_jacobian
 from mamba_probe.keeping import KEEPS
 from mamba_probe.listening import kept, listen, listening
+from mamba_probe.losses import losses
 from mamba_probe.mixers import Tap, find_mixers
 from mamba_probe.mixers.offload import place
 from mamba_probe.parity import measure_parity
 from mamba_probe.planning import checked_plan, grouped
 from mamba_probe.recorder import Plan, Recorder
+from mamba_probe.relevance import perturbed, relevance
+from mamba_probe.remembrance import remembrance
 from mamba_probe.trace.contract import unknown_name
 from mamba_probe.trace.schema import DEFAULT_VARIABLES
 from mamba_probe.trace.store import check_free
@@ -275,6 +280,13 @@ class Probe(Experiments):
         return Recorder(plan, statics, attrs, keep)
 
     # -- measurements ------------------------------------------------------------------------------------------------
+
+    # functions of a probe, in a module each
+    losses = losses
+    remembrance = remembrance
+    relevance, perturbed = relevance, perturbed
+    ablate_class, ablate_units = ablate_class, ablate_units
+    associating = associating
 
     def jacobian(
         self, inputs: Any = None, attention_mask: Any = None, *, layer: int,

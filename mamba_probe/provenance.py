@@ -36,6 +36,7 @@ def of_model(model: nn.Module, kind: str = "trace") -> dict[str, Any]:
         "kind": kind,
         "schema_version": SCHEMA_VERSION,
         "model": source.get("source") or getattr(model, "name_or_path", "") or type(model).__name__,
+        "model_class": type(model).__name__,
         "model_hash": _hash(model),
         "loaded_from": _loaded(source),
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),

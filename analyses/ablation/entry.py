@@ -8,8 +8,8 @@ import xarray as xr
 
 from mamba_probe.analyses.ablation.measure import QUANTITIES, measure
 from mamba_probe.analyses.ablation.plot import plot
+from mamba_probe.analyses.common.again import MOST_ROWS, given, lacks_predictions
 from mamba_probe.analyses.common.analysis import Analysis, Panel, Row, number, span
-from mamba_probe.analyses.sinks.entry import MOST_ROWS, batch_of, first_rows, lacks_predictions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,10 +27,11 @@ TOLD = 8
 
 
 def _of_run(run: Any, seed: int) -> xr.Dataset:
-    trace, (inputs, mask) = run.trace.isel(batch=slice(MOST_ROWS)), first_rows(run)
+    part = run.isel(batch=slice(MOST_ROWS))
+    trace, (inputs, mask, batch_size) = part.trace, given(part)
     chosen, rule = _parts(trace.sizes[trace["delta"].dims[-1]], trace.sizes["layer"])
     with run.probe() as probe:
-        ablated = probe.ablate_units(inputs, mask, n_random=DRAWS, seed=seed, batch_size=batch_of(run), **chosen)
+        ablated = probe.ablate_units(inputs, mask, n_random=DRAWS, seed=seed, batch_size=batch_size, **chosen)
     rows = f"the first {trace.sizes['batch']} of {run.trace.sizes['batch']}"
     return measure(trace, ablated=ablated, seed=seed).assign_attrs(rows=rows, units=rule)
 

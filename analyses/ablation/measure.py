@@ -6,11 +6,11 @@ from jaxtyping import Float
 
 from mamba_probe.analyses import hidden_attention
 from mamba_probe.analyses.ablation.core import FEWEST, SHUFFLES, correlation, unit_entropy
-from mamba_probe.analyses.ablation.paired import FEWEST_ROWS, P_VALUES, by_row, paired
 from mamba_probe.analyses.common import described, refuse
+from mamba_probe.analyses.common.paired import FEWEST_ROWS, P_VALUES, by_row, paired
+from mamba_probe.analyses.common.proportion import wilson
 from mamba_probe.analyses.common.result import Entry
 from mamba_probe.analyses.hidden_attention.plan import Queries
-from mamba_probe.analyses.recall_circuit.proportion import wilson
 from mamba_probe.trace import require
 
 __all__ = ["QUANTITIES", "measure"]

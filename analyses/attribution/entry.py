@@ -1,7 +1,6 @@
 """The attribution of a recorded run's answers: how it is measured, said and drawn."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,17 +26,14 @@ def _lacks(run: Any) -> str:
         return run.lacks_model()
     if run.trace.attrs["dtype"] not in ("float32", "float64"):
         return f"float32 or float64 weights, in which relevance is conserved; they are {run.trace.attrs['dtype']}"
-    kind = "" if run.model is None else type(run.model).__name__
-    return f"rules for the parts of {kind}; there are some for {', '.join(MODELS)}" if kind not in ("", *MODELS) else ""
+    kind = run.trace.attrs["model_class"]
+    return "" if kind in MODELS else f"rules for the parts of {kind}; there are some for {', '.join(MODELS)}"
 
 
 def _of_run(run: Any, seed: int) -> xr.Dataset:
     if run.task is None:
-        ids, mask = (each[:TEXT_ROWS] for each in run.inputs())
-        return _explained(run, seed, (ids, mask), 1)
-    parts = ("input_ids", "role", "target", "source_token")
-    task = replace(run.task, **{name: getattr(run.task, name)[:TASK_ROWS] for name in parts})
-    return _explained(run, seed, (task, None), 4)
+        return _explained(run, seed, run.isel(batch=slice(TEXT_ROWS)).inputs(), 1)
+    return _explained(run, seed, (run.isel(batch=slice(TASK_ROWS)).task, None), 4)
 
 
 def _explained(run: Any, seed: int, inputs: tuple[Any, Any], n_random: int) -> xr.Dataset:

@@ -57,7 +57,7 @@ def shown(result: xr.Dataset) -> list[int]:
     """All layers, or some spread evenly where there are many; the stores hold all.
 
     >>> shown(xr.Dataset(coords={"layer": range(24)}))
-    [0, 4, 9, 13, 18, 23]
+    [0, 5, 9, 14, 18, 23]
     """
     layers = result["layer"].values
     if len(layers) <= MOST_LAYERS:

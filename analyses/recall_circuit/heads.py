@@ -7,8 +7,8 @@ import xarray as xr
 from jaxtyping import Float, Int
 
 from mamba_probe.analyses.common import Canonical, attention_row, described, interval
+from mamba_probe.analyses.common.proportion import wilson
 from mamba_probe.analyses.recall_circuit.core import ratio, silu
-from mamba_probe.analyses.recall_circuit.proportion import wilson
 from mamba_probe.analyses.recall_circuit.stream import selection
 from mamba_probe.trace import require
 

@@ -7,9 +7,9 @@ import xarray as xr
 from jaxtyping import Bool, Int
 
 from mamba_probe.analyses.common import Canonical, described
+from mamba_probe.analyses.common.proportion import causal_share, wilson
 from mamba_probe.analyses.common.result import Entry
 from mamba_probe.analyses.recall_circuit.asked import Asked, no_task, read_task
-from mamba_probe.analyses.recall_circuit.proportion import causal_share, wilson
 from mamba_probe.analyses.recall_circuit.scoring import Scores, score
 from mamba_probe.analyses.recall_circuit.signatures import IDS, SIGNATURES, absent, ideals
 from mamba_probe.analyses.recall_circuit.static import check_weights

@@ -6,8 +6,8 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Bool
 
-from mamba_probe.analyses.ablation.paired import FEWEST_ROWS, P_VALUES, by_row, paired
 from mamba_probe.analyses.common import Canonical
+from mamba_probe.analyses.common.paired import FEWEST_ROWS, P_VALUES, by_row, paired
 
 __all__ = ["LEVEL", "NO_ABLATION", "P_VALUES", "check", "effects", "verdicts"]
 

@@ -1,13 +1,13 @@
 """The state sinks of a recorded run: how they are measured, said and drawn."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
-from mamba_probe.analyses.ablation.paired import FEWEST_ROWS
+from mamba_probe.analyses.common.again import MOST_ROWS, given, lacks_predictions
 from mamba_probe.analyses.common.analysis import Analysis, Panel, Row, listed, number, shown, span
+from mamba_probe.analyses.common.paired import FEWEST_ROWS
 from mamba_probe.analyses.sinks.classes import classes
 from mamba_probe.analyses.sinks.effects import LEVEL
 from mamba_probe.analyses.sinks.measure import measure
@@ -16,33 +16,10 @@ from mamba_probe.analyses.sinks.plot import plot
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["ANALYSIS", "MOST_ROWS", "batch_of", "first_rows", "lacks_predictions"]
+__all__ = ["ANALYSIS"]
 
-MOST_ROWS = 16
-"""Rows that are run again with a part taken out."""
 DRAWS = 3
 """Random sets of tokens a class."""
-
-
-def lacks_predictions(run: Any) -> str:
-    """What a run lacks to be run again with a part taken out, and scored; "" where nothing."""
-    if "token_id" not in run.trace.coords or "prediction" not in run.trace.coords:
-        return "token ids, and predictions of the next or of answers, that could be scored"
-    return run.lacks_model()
-
-
-def batch_of(run: Any) -> int:
-    """Rows a forward call: a text's are long."""
-    return 1 if run.task is None else MOST_ROWS
-
-
-def first_rows(run: Any) -> tuple[Any, Any]:
-    """What the model of a run takes, of its first rows, with the mask (None for a task)."""
-    task, (ids, mask) = run.task, run.inputs()
-    if task is None:
-        return ids[:MOST_ROWS], mask[:MOST_ROWS]
-    names = ("input_ids", "role", "target", "source_token")
-    return replace(task, **{name: getattr(task, name)[:MOST_ROWS] for name in names}), None
 
 
 def _of_run(run: Any, seed: int) -> xr.Dataset:
@@ -56,9 +33,9 @@ def _ablated(run: Any, chosen: xr.DataArray, seed: int) -> xr.Dataset | None:
     """None where nothing can be scored: then the result says that its ratios are no function."""
     if lacks_predictions(run):
         return None
-    inputs, mask = first_rows(run)
+    inputs, mask, batch_size = given(run.isel(batch=slice(MOST_ROWS)))
     with run.probe() as probe:
-        return probe.ablate_class(inputs, mask, classes=chosen, n_random=DRAWS, seed=seed, batch_size=batch_of(run))
+        return probe.ablate_class(inputs, mask, classes=chosen, n_random=DRAWS, seed=seed, batch_size=batch_size)
 
 
 def _lacks(run: Any) -> str:

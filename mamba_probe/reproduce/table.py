@@ -8,7 +8,7 @@ from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
 
-from mamba_probe.analyses.recall_circuit.proportion import wilson
+from mamba_probe.analyses.common.proportion import wilson
 
 __all__ = [
     "AS_IT_MUST", "FAILS", "HOLDS", "REPORT", "REPORTED", "Cell", "Criterion", "Readable", "Row", "count", "counted",

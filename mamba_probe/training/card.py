@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from mamba_probe.analyses.recall_circuit.proportion import wilson
+from mamba_probe.analyses.common.proportion import wilson
 from mamba_probe.kernels.scan import choose_backend
 from mamba_probe.provenance import versions
 from mamba_probe.training.checkpoint import Point

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from mamba_probe.analyses.common import runs
+from mamba_probe.analyses.common.proportion import causal_share, wilson
 from mamba_probe.analyses.recall_circuit.core import (
     Prompt,
     Questions,
@@ -25,7 +26,6 @@ from mamba_probe.analyses.recall_circuit.core import (
     tap_mass,
     write_energy,
 )
-from mamba_probe.analyses.recall_circuit.proportion import causal_share, wilson
 from mamba_probe.analyses.recall_circuit.reading import Answer, read_answers, read_sums, survey
 from mamba_probe.analyses.recall_circuit.tally import match, pair_scores, tally
 

@@ -1,6 +1,5 @@
 """The class-conditional ablation: by edits of single tokens, in closed form, and what it says of real models."""
 
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -14,7 +13,7 @@ from mamba_probe.ablating import ablate_class
 from mamba_probe.analyses import sinks
 from mamba_probe.analyses.sinks.entry import ANALYSIS
 from mamba_probe.losses import losses
-from mamba_probe.run import randomised_twin, record_task
+from mamba_probe.run import Run, randomised_twin, record_task
 
 
 def measured(name, task, n_random=2, **options):
@@ -202,21 +201,11 @@ def test_s4d_lacks_steps():
     assert "S4D's are constants" in ANALYSIS.lacks(constant)
 
 
-@contextmanager
-def text_of(probe, ids):
-    given = {"inputs": lambda: (ids, np.ones_like(ids)), "probe": lambda: at(probe), "lacks_model": lambda: ""}
-    yield SimpleNamespace(trace=probe.record(ids), task=None, **given)
-
-
-@contextmanager
-def at(probe):
-    yield probe
-
-
 def test_plain_ids_are_scored_by_the_next_token(model):
     ids = np.random.default_rng(0).integers(1, 61, (4, 20))
-    with mp.attach(model) as probe, text_of(probe, ids) as run:
-        result = ANALYSIS.of_run(run, 0)
+    with mp.attach(model) as probe:
+        run = Run(probe.record(ids), probe.weights(), xr.Dataset(), model=model)
+    result = ANALYSIS.of_run(run, 0)
     assert result["class"].values.tolist() == ["first token"]
     assert "every token that another follows" in result.attrs["ablation"]
     assert result["effect_loss"].item() != 0

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from mamba_probe.analyses.ablation.core import correlation, unit_entropy
-from mamba_probe.analyses.ablation.paired import by_row, paired, signs
+from mamba_probe.analyses.common.paired import by_row, paired, signs
 
 
 def by_enumeration(change):

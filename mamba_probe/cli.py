@@ -143,7 +143,9 @@ def record(
 
 
 @app.command(
-    epilog="Analyses: recall_circuit, memory_horizon and wavelet_alignment, those of a report; hidden_attention."
+    epilog="Those of a report: recall_circuit, memory_horizon, wavelet_alignment. More: ablation (of heads and layers),"
+    " association (where key and value are joined), attribution (MambaLRP, gradient x input), hidden_attention,"
+    " receptive_field, sinks (steps by class of token, and whether they matter), state_dynamics."
 )
 @answered
 def analyze(

@@ -1,0 +1,22 @@
+"""Which token holds a key's pair, and did the convolution bring it there? Draws association.png."""
+
+import matplotlib.pyplot as plt
+
+import mamba_probe as mp
+from mamba_probe.analyses import association
+from mamba_probe.associating import associating
+
+task = mp.tasks.mqar(batch=24, length=64, n_pairs=8, vocab=256, filler="zero", seed=5)
+results = {}
+for name in ("mqar-mamba1", "trained-mqar-mamba1", "trained-mqar-no-conv"):
+    with mp.attach(mp.load(f"zoo:{name}")) as probe:
+        found = associating(probe, task, twin_seed=0)
+    results[name] = association.measure(found)
+    print(f"{name}: {results[name].attrs['verdict']}")
+    for kind in ("recovered", "null_recovered", "twin_recovered"):
+        print(kind, results[name][kind].sel(site="scan").isel(layer=0).values.round(2) + 0.0)
+figure, panels = plt.subplots(2, 2, figsize=(13, 6.4), layout="constrained", width_ratios=(1.1, 1))
+for row, name in zip(panels, ("mqar-mamba1", "trained-mqar-mamba1"), strict=True):
+    association.plot(results[name], row[0])
+    association.plot(results[name], row[1], kind="bars")
+figure.savefig("association.png", dpi=160)

@@ -1,14 +1,10 @@
 """The command line: `mamba-probe report MODEL --task mqar -o DIR`, and the steps it is made of."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import wraps
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from mamba_probe.cli_options import (
@@ -30,6 +26,7 @@ from mamba_probe.cli_options import (
     Task,
     What,
 )
+from mamba_probe.cli_steps import answered, err, lines, out, progress
 
 __all__ = ["app", "main"]
 
@@ -38,48 +35,6 @@ app = typer.Typer(
     help="Look inside trained Mamba models: record delta, A_bar, B and C, and measure what input selectivity does.\n\n"
     "Start with: [bold]mamba-probe report zoo:trained-mqar-mamba1 --task mqar -o report[/bold]",
 )  # fmt: skip
-out, err = Console(), Console(stderr=True)
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def answered(command: Callable[P, R]) -> Callable[P, R]:
-    """Wrong input ends with exit code 2 and one clear message; a fault of ours keeps its traceback."""
-
-    @wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return command(*args, **kwargs)
-        except (ValueError, OSError) as error:
-            err.print("[bold red]error:[/bold red]", end=" ")
-            err.print(str(error), markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(2) from None
-
-    return run
-
-
-@contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
-    """One line a step, with its time; on stderr, so that output can be piped."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=err) as bar:
-        running: list[Any] = []
-
-        def say(step: str) -> None:
-            if running:
-                bar.update(running[-1], total=1, completed=1)
-            running.append(bar.add_task(step, total=None))
-
-        yield say
-        if running:
-            bar.update(running[-1], total=1, completed=1)
-
-
-@contextmanager
-def lines() -> Iterator[Callable[[str], None]]:
-    """One plain line a step as it begins, where stderr is no terminal."""
-    yield lambda step: err.print(step, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -183,6 +138,64 @@ def analyze(
     out.print(*(str(path) for path in paths), sep="\n", highlight=False, soft_wrap=True)
     if len(results) < len(wanted):
         raise typer.Exit(1)
+
+
+@app.command("compare")
+@answered
+def compare_command(
+    name: Annotated[str, typer.Argument(help="An analysis; `mamba-probe analyze --help` has them.")],
+    runs: Annotated[list[str], typer.Argument(help="DIR or LABEL=DIR of each run; the first is the reference.")],
+    out_dir: OUT,
+    variable: Annotated[
+        list[str] | None, typer.Option(help="Variables of its result, one each time; default: its summaries by layer.")
+    ] = None,
+    resample: Annotated[
+        str, typer.Option(help="each: every row measured by itself. refit: rows drawn and measured together; dear.")
+    ] = "each",
+    unpaired: Annotated[bool, typer.Option("--unpaired", help="Of other prompts each: wider intervals.")] = False,
+    seed: SEED = 0, overwrite: OVERWRITE = False,
+) -> None:  # fmt: skip
+    """What differs in a measure between runs on the same prompts, with paired intervals: models, or revisions of one.
+
+    Writes DIR/NAME.nc, and a picture of each variable. Labels that are numbers, as training steps are, are drawn in
+    order. p is adjusted by Holm over all differences: name the variables that you mean.
+
+    Examples:
+
+      mamba-probe compare hidden_attention mamba1 mamba2 --variable layer_entropy -o differences
+
+      mamba-probe compare memory_horizon 0=start 500=half 1000=end --variable layer_selectivity_gain -o training
+    """
+    from mamba_probe import compare
+    from mamba_probe.report import differences, draw_comparison, labelled
+    from mamba_probe.trace.store import check_free, save
+
+    _quiet_transformers()
+    check_free(out_dir / f"{name}.nc", overwrite)
+    with progress() as say:
+        say(f"opening {len(runs)} runs")
+        given = labelled(runs)
+        say(f"measuring {name} of each")
+        result = compare(
+            name, given, variable=variable or None, reference=next(iter(given)), resample=resample,
+            paired=not unpaired, seed=seed,
+        )  # fmt: skip
+        save(result, out_dir / f"{name}.nc", overwrite=overwrite)
+        say("drawing")
+        paths = draw_comparison(result, out_dir, name)
+    table = Table(
+        Column("what", overflow="fold"),
+        Column("run", overflow="fold"),
+        "value",
+        result.attrs["reference"],
+        "difference",
+        "95 % interval",
+        "p (Holm)",
+    )
+    for row in differences(result):
+        table.add_row(*row)
+    out.print(table)
+    out.print(out_dir / f"{name}.nc", *(str(path) for path in paths), sep="\n", highlight=False, soft_wrap=True)
 
 
 @app.command("reproduce")

@@ -2,6 +2,7 @@
 
 from mamba_probe.reference import load_beside, named
 from mamba_probe.report.analysing import MAIN, analyse, analyse_beside, measurable
+from mamba_probe.report.comparing import differences, draw_comparison, labelled
 from mamba_probe.report.figures import draw
 from mamba_probe.report.findings import Finding, finding
 from mamba_probe.report.page import write_report
@@ -11,8 +12,11 @@ __all__ = [
     "Finding",
     "analyse",
     "analyse_beside",
+    "differences",
     "draw",
+    "draw_comparison",
     "finding",
+    "labelled",
     "load_beside",
     "measurable",
     "named",

@@ -1,0 +1,6 @@
+"""Any measure over two or more models, traces or training revisions, with paired intervals."""
+
+from mamba_probe.analyses.comparison.compare import compare
+from mamba_probe.analyses.comparison.plot import MOST, plot
+
+__all__ = ["MOST", "compare", "plot"]

@@ -1,0 +1,91 @@
+"""Runs beside one another: what differs in a measure of each, as a table and pictures."""
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from mamba_probe.analyses import comparison
+from mamba_probe.analyses.common.analysis import number, span
+from mamba_probe.report.figures import RC
+from mamba_probe.run import Run
+
+__all__ = ["differences", "draw_comparison", "labelled"]
+
+
+def labelled(given: Sequence[str]) -> dict[str | float, Run]:
+    """Runs by label: LABEL=DIR, or DIR alone by its own name; labels that are all numbers are numbers.
+
+    The model of each is loaded once.
+
+    Raises:
+        ValueError: one label twice.
+        FileNotFoundError: a directory without a run.
+    """
+    runs: dict[str | float, Run] = {}
+    parted = [text.partition("=") if "=" in text else (Path(text).name, "=", text) for text in given]
+    numbers = [_as_number(label) for label, _, _ in parted]
+    for (name, _, folder), value in zip(parted, numbers, strict=True):
+        label = name if None in numbers or value is None else value
+        if label in runs:
+            raise ValueError(f"two runs have the label {label!r}: name them, as in first=DIR second=DIR")
+        run = Run.open(folder)
+        runs[label] = run if run.lacks_model() else run.with_model()
+    return runs
+
+
+def _as_number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return int(value) if value.is_integer() else value
+
+
+def differences(result: xr.Dataset) -> list[tuple[str, ...]]:
+    """Rows of a table: what, of which, its value, the reference's, the difference, its interval, Holm's p; the surest
+    first."""
+    result = result.compute()
+    rows, reference = [], result.attrs["reference"]
+    base = next(label for label in result["trace"].values.tolist() if str(label) == reference)
+    for name in result.attrs["compared"].split(", "):
+        for other in result["other"].values.tolist():
+            one, own = result.sel(other=other), result[name].sel(trace=other)
+            for place in np.ndindex(own.shape):
+                at = dict(zip(own.dims, place, strict=True))
+                what = " ".join([name, *(f"{dim} {_at(result, str(dim), i)}" for dim, i in at.items())])
+                ends = ("_difference", "_difference_low", "_difference_high", "_p_holm")
+                gap, low, high, p = (one[f"{name}{end}"].isel(at).item() for end in ends)
+                values = (own.isel(at).item(), result[name].sel(trace=base).isel(at).item())
+                cells = (what, str(other), *map(number, values), number(gap), span(low, high), number(p))
+                rows.append((p, cells))
+    return [cells for _, cells in sorted(rows, key=lambda row: (np.isnan(row[0]), row[0]))]
+
+
+def _at(result: xr.Dataset, dim: str, i: int) -> Any:
+    return result[dim].values[i] if dim in result.coords else i
+
+
+def draw_comparison(result: xr.Dataset, directory: str | PathLike[str], name: str) -> list[Path]:
+    """A picture of each variable that has few enough entries, as NAME-VARIABLE.png and .svg."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    paths, directory = [], Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    trajectory = result["trace"].dtype.kind in "if"
+    for variable in result.attrs["compared"].split(", "):
+        entries = result[variable].size // (result.sizes["trace"] if trajectory else 1)
+        if entries > comparison.MOST:
+            continue
+        with matplotlib.rc_context(RC):
+            figure = Figure(figsize=(8.5, 4.6), layout="constrained")
+            kind = "trajectory" if trajectory else "difference"
+            comparison.plot(result, figure.subplots(), kind=kind, variable=variable)
+            paths += [directory / f"{name}-{variable}.png", directory / f"{name}-{variable}.svg"]
+            figure.savefig(paths[-2], dpi=160)
+            figure.savefig(paths[-1], metadata={"Date": None})
+    return paths

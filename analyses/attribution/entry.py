@@ -70,8 +70,8 @@ def _of_answer(result: xr.Dataset) -> str:
     own, gradient = (_value(result, f"mean_{prefix}class_share", "own") for prefix in ("", "gradient_"))
     return (
         f"MambaLRP puts {number(result['mean_pair_share'].item())} of the positive relevance of the answer on the"
-        f" tokens that are asked for and {number(own)} on the query itself (gradient x input"
-        f" {number(result['mean_gradient_pair_share'].item())} and {number(gradient)}; chance {number(chance)} and"
+        f" {' and '.join(asked).replace('asked ', '')} that it asks for and {number(own)} on the query itself"
+        f" (gradient x input {number(result['mean_gradient_pair_share'].item())} and {number(gradient)}; chance {number(chance)} and"
         f" {number(_value(result, 'chance', 'own'))})."
     )
 

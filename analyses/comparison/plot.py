@@ -111,9 +111,7 @@ def _marks(x: Any, y: Any, filled: Any, colour: Any, ax: Any) -> None:
 
 
 def _legend(result: xr.Dataset, ax: Any) -> None:
-    ax.plot(
-        [], [], "o", color="0.3", label=f"not the reference's, {result.attrs['reference']} (Holm p < {LEVEL:g})"
-    )
+    ax.plot([], [], "o", color="0.3", label=f"not the reference's, {result.attrs['reference']} (Holm p < {LEVEL:g})")
     ax.plot([], [], "o", color="0.3", mfc="white", label="may be the same, or is the reference")
     bar = "bar 95 % interval" if int(result.attrs["n_rows"].split(", ")[0]) > 1 else "one row: no interval"
     ax.plot([], [], color="0.3", lw=2, label=f"{bar}, {'paired' if result.attrs['paired'] == 'True' else 'unpaired'}")

@@ -93,7 +93,7 @@ def _says(result: xr.Dataset) -> tuple[str, list[Row]]:
     rows = []
     for layer in shown(result):
         one = last.sel(layer=layer)
-        rows.append(_row("layer_mean_distance", f"mean distance read, {_tokens(result)} tokens on", one, layer))
+        rows.append(_row("layer_mean_distance", f"mean distance read, after {_tokens(result)} tokens", one, layer))
         for name in ("layer_train_mean_distance", "layer_collapse_ratio"):
             rows += _prefixes(name, one, layer)
         rows += [_row(name, what, one, layer) for name, what in _NUMBERS if name in result]
@@ -151,7 +151,8 @@ def _sentence(result: xr.Dataset) -> str:
     for at in dict.fromkeys([live[distance[live].argmin()], live[distance[live].argmax()]]):
         far, lti = number(float(distance[at])), number(float(null[at]))
         said.append(f"{far} tokens in layer {result['layer'].values[at]} (time-invariant {lti})")
-    return f"{_tokens(result)} tokens on, a query reads from a mean distance of {' to '.join(said)}.{_collapse(result)}"
+    head = f"After {_tokens(result)} tokens, a query reads from a mean distance of"
+    return f"{head} {' to '.join(said)}.{_collapse(result)}"
 
 
 def _collapse(result: xr.Dataset) -> str:

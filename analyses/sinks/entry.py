@@ -73,8 +73,8 @@ def _sentence(result: xr.Dataset, said: list[str]) -> str:
     if int(result.attrs["n_rows"]) < FEWEST_ROWS:
         return f"{head} {result['verdict'].values[0]}.".replace("whether it matters", "whether their step sizes matter")
     if not said:
-        return f"{head} Levelled to the rest, no class's step sizes cost more loss than those of random tokens."
-    return f"{head} Levelled to the rest, step sizes of these cost more loss than of random tokens: {', '.join(said)}."
+        return f"{head} Levelling the step sizes of no class costs more loss than of as many random tokens."
+    return f"{head} Levelling a class's step sizes costs more loss than of as many random tokens: {', '.join(said)}."
 
 
 def _effect(result: xr.Dataset, ax: "Axes") -> None:

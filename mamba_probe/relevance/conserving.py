@@ -10,7 +10,8 @@ import xarray as xr
 __all__ = ["asserted", "errors"]
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-"""Largest error, in units of the sum of |terms|, by the type that the whole model computes in."""
+"""Largest error, in units of the sum of |terms|, by the type that the whole model computes in; of rows so long that
+the rounding of a sum over their tokens, tokens x unit roundoff (Higham's gamma), is more: that."""
 
 
 def errors(found: dict[str, np.ndarray], layers: Sequence[int], sites: Sequence[str]) -> dict[str, np.ndarray]:
@@ -46,7 +47,7 @@ def asserted(result: xr.Dataset, model: Any) -> xr.Dataset:
     Raises:
         ValueError: relevance is not conserved: where, by how much.
     """
-    tolerance = _tolerance(model)
+    tolerance = _tolerance(model, result.sizes["token"])
     for name in ("conservation_error", "residual_error", "mixer_error"):
         if float(result[name].fillna(0.0).max()) > tolerance:
             raise _refused(result, name, tolerance)
@@ -66,7 +67,8 @@ def _refused(result: xr.Dataset, name: str, tolerance: float) -> ValueError:
     )
 
 
-def _tolerance(model: Any) -> float:
+def _tolerance(model: Any, n_tokens: int) -> float:
     """Of the least precise part: transformers keeps the residual stream in float32 where the config says so."""
     narrow = getattr(getattr(model, "config", None), "residual_in_fp32", False)
-    return TOLERANCE[torch.float32 if narrow else next(model.parameters()).dtype]
+    dtype = torch.float32 if narrow else next(model.parameters()).dtype
+    return max(TOLERANCE[dtype], n_tokens * torch.finfo(dtype).eps / 2)

@@ -225,7 +225,7 @@ def test_a_run_is_measured_said_and_drawn():
     assert result.attrs["left_out"] == "nothing"
     assert result.attrs["jacobian"].startswith("4 row(s), query_token [")
     sentence, rows = ANALYSIS.says(result)
-    assert "tokens on, a query reads from a mean distance of" in sentence
+    assert "tokens, a query reads from a mean distance of" in sentence
     assert "At 2 times the length trained on it has kept" in sentence
     said = {row.what: row for row in rows}
     assert "untrained twin" in said["layer 0: share of global heads"].null

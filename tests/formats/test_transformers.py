@@ -32,7 +32,11 @@ def test_provenance_names_source_format_and_hash(kit, tmp_path):
     kit.tiny("mamba").save_pretrained(tmp_path)
     model = load(tmp_path)
     expected = hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
-    assert model._mamba_probe_source == {"source": str(tmp_path), "format": "transformers", "sha256": expected}
+    assert model._mamba_probe_source == {
+        "source": str(tmp_path), "revision": None, "dtype": None, "format": "transformers", "sha256": expected,
+    }  # fmt: skip
+    half = load(tmp_path, dtype=torch.bfloat16)
+    assert half._mamba_probe_source["dtype"] == "bfloat16"
 
 
 def test_sharded(kit, family, tmp_path):

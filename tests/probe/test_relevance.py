@@ -396,3 +396,11 @@ def test_another_norm_is_refused():
         pytest.raises(ValueError, match=r"the last norm by its rule differs .* by 5\.0e-01"),
     ):
         relevance(probe, prompt()[0])
+
+
+def test_the_tolerance_is_the_rounding_of_a_sum_over_tokens_where_rows_are_long():
+    from mamba_probe.relevance.conserving import _tolerance
+
+    model = mp.blocks.MambaBlock(4)
+    assert [_tolerance(model, n) for n in (64, 2**14)] == [1e-5, 2**14 * 2.0**-24]
+    assert [_tolerance(model.double(), n) for n in (64, 2**14)] == [1e-10, 1e-10]

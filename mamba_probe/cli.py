@@ -167,7 +167,7 @@ def compare_command(
       mamba-probe compare memory_horizon 0=start 500=half 1000=end --variable layer_selectivity_gain -o training
     """
     from mamba_probe import compare
-    from mamba_probe.report import differences, draw_comparison, labelled
+    from mamba_probe.report import caution, differences, draw_comparison, labelled
     from mamba_probe.trace.store import check_free, save
 
     _quiet_transformers()
@@ -195,6 +195,7 @@ def compare_command(
     for row in differences(result):
         table.add_row(*row)
     out.print(table)
+    out.print(caution(result), soft_wrap=True)
     out.print(out_dir / f"{name}.nc", *(str(path) for path in paths), sep="\n", highlight=False, soft_wrap=True)
 
 

@@ -31,7 +31,7 @@ def say(result: xr.Dataset) -> tuple[str, str]:
         after, held = _held(result, "scan", layer)
         later = [role for role in after if role in LATER]
         if later:
-            early = [role for role in _held(result, "mixer_in", layer)[0] if role in LATER]
+            early = [role for role in _held(result, "mixer_in", layer)[0] if role == later[0]]
             kind = "earlier layer" if early else "convolution"
             return kind, _joined(layer, held, kind, early, asked)
         direct = (layer, held) if direct is None and "key" in after else direct

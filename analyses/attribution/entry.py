@@ -42,14 +42,27 @@ def _explained(run: Any, seed: int, inputs: tuple[Any, Any], n_random: int) -> x
     with run.probe() as probe:
         found = probe.relevance(*inputs, batch_size=batch_size)
         gradient = probe.relevance(*inputs, target=found["target_id"].values, rules="gradient", batch_size=batch_size)
-        wrong = np.roll(found["target_id"].values, 1, axis=0)
-        other = None
-        if not np.array_equal(wrong, found["target_id"].values):
-            other = probe.relevance(*inputs, target=wrong, batch_size=batch_size)
+        wrong = _other(found["target_id"].values)
+        other = None if wrong is None else probe.relevance(*inputs, target=wrong, batch_size=batch_size)
         taken = probe.perturbed(found, gradient, n_random=n_random, seed=seed, batch_size=batch_size)
     result = measure(found, gradient=gradient, other=other, perturbation=taken, seed=seed)
     rows = f"the first {found.sizes['batch']} of {run.trace.sizes['batch']} recorded"
-    return result.assign_attrs(rows=rows, other_rule="other_: relevance of the id that the row before explains")
+    return result.assign_attrs(
+        rows=rows, other_rule="other_: relevance of the id that the next row with another id explains"
+    )
+
+
+def _other(target: np.ndarray) -> np.ndarray | None:
+    """For each row the id of the next row, around the end, that has another one; None where all rows have the same.
+
+    >>> _other(np.array([[5], [5], [7]])).ravel().tolist()
+    [7, 7, 5]
+    """
+    wrong = target.copy()
+    for step in range(len(target) - 1, 0, -1):  # the nearest is written last
+        later = np.roll(target, -step, axis=0)
+        wrong = np.where(later != target, later, wrong)
+    return None if (wrong == target).any() else wrong
 
 
 def _says(result: xr.Dataset) -> tuple[str, list[Row]]:
@@ -71,7 +84,8 @@ def _of_answer(result: xr.Dataset) -> str:
     return (
         f"MambaLRP puts {number(result['mean_pair_share'].item())} of the positive relevance of the answer on the"
         f" {' and '.join(asked).replace('asked ', '')} that it asks for and {number(own)} on the query itself"
-        f" (gradient x input {number(result['mean_gradient_pair_share'].item())} and {number(gradient)}; chance {number(chance)} and"
+        f" (gradient x input {number(result['mean_gradient_pair_share'].item())} and {number(gradient)};"
+        f" chance {number(chance)} and"
         f" {number(_value(result, 'chance', 'own'))})."
     )
 

@@ -48,7 +48,8 @@ def compare(
             no bound. Their other dimensions are kept.
         reference: label that the others are compared with; None: the first.
         resample: "each": the measure of each row by itself. "refit": rows are drawn and the measure is taken of them
-            together, as often as `n_bootstrap` says: for measures that gate or pool; p then inverts the bootstrap.
+            together, as often as `n_bootstrap` says: for measures that gate or pool; p is of what each row brings
+            (jackknife).
         paired: rows are the same prompts (checked by token ids). False: rows are drawn of each trace by itself, and p
             is of rows parted anew, by Welch's t.
         statistic: "mean" over rows, or "median" (the lower one): differences are then of medians, and infinite values
@@ -89,7 +90,7 @@ def compare(
     attrs = _attrs(resample, how, subjects) | {
         "measure": name, "reference": str(base), "paired_by": by, "compared": ", ".join(plan.templates),
         "variable_rule": RULE if variable is None else "as asked",
-        "n_comparisons": str(int((~np.isnan(found.p)).sum())),
+        **_counted(found, how),
     }  # fmt: skip
     coords = {LABEL: labels, OTHER: [label for label in labels if label != base]}
     return described(_entries(plan, found), plan.coords() | coords, attrs)
@@ -171,11 +172,18 @@ def _attrs(resample: str, how: Resampling, subjects: Mapping[Label, Subject]) ->
     }  # fmt: skip
 
 
+def _counted(found: Estimates, how: Resampling) -> dict[str, str]:
+    """How many differences were tested, and the least p that Holm's adjustment can leave the surest of them."""
+    tested = ~np.isnan(found.p)
+    n = int(tested.sum())
+    rows = int(found.n_rows[tested].max()) if n else 0
+    floor = min(1.0, n * core.least(rows if how.paired else rows // 2, how.paired)) if n else np.nan
+    return {"n_comparisons": str(n), "least_p_holm": f"{floor:.2g}"}
+
+
 def _p_text(resample: str, how: Resampling, rows: list[int]) -> str:
-    if resample == "refit":
-        return "the bootstrap interval inverted"
-    most = max(rows)
+    most, of = max(rows), " of what each row brings to all (jackknife)" if resample == "refit" else ""
     ways = 2**most if how.paired else comb(2 * most, most)
     count = "every one" if ways <= core.EXACT else f"{core.PERMUTATIONS} drawn (exact where at most {core.EXACT})"
-    what = "swaps within pairs (R. A. Fisher)" if how.paired else "rows parted anew, by Welch's t of means"
+    what = f"swaps within pairs (R. A. Fisher){of}" if how.paired else f"rows parted anew, by Welch's t of means{of}"
     return f"{what}, {count}"

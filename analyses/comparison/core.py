@@ -10,8 +10,8 @@ from mamba_probe.analyses.common import resamples
 from mamba_probe.analyses.common.bootstrap import COVERAGE
 
 __all__ = [
-    "EXACT", "PERMUTATIONS", "STATISTICS", "apart", "bounds", "drawn", "holm", "inverted", "located", "patterns",
-    "permuted", "replicates", "swapped",
+    "EXACT", "PERMUTATIONS", "STATISTICS", "apart", "bounds", "drawn", "holm", "least", "located", "patterns",
+    "permuted", "pseudovalues", "replicates", "swapped",
 ]  # fmt: skip
 
 STATISTICS = ("mean", "median")
@@ -142,17 +142,27 @@ def _share(found: Float[np.ndarray, "way cell"], scale: Cells) -> Cells:
     return np.where(np.isnan(found[0]), np.nan, reached.mean(axis=0))
 
 
-def inverted(found: Float[np.ndarray, "replicate cell"]) -> Cells:
-    """Two-sided p from bootstrap differences: twice the smaller share that does not lie beyond 0, with one added.
+def pseudovalues(whole: Cells, without: Rows) -> Rows:
+    r"""What each row brings to a measure of all rows pooled: $n \theta - (n - 1) \theta_{(i)}$ (Tukey's jackknife).
 
-    It is the level at which the percentile interval begins to hold 0; NaN where a replicate has no value.
+    Of a mean they are the rows' own values. NaN where a measure without a row has no value.
 
-    >>> inverted(np.zeros((9, 1))).tolist(), inverted(np.ones((9, 1))).tolist()
-    ([1.0], [0.2])
+    Args:
+        whole: of all rows.
+        without: of all but one row, for each row.
+
+    >>> pseudovalues(np.array([2.0]), np.array([[2.5], [2.0], [1.5]])).ravel().tolist()
+    [1.0, 2.0, 3.0]
     """
-    smaller = np.minimum((found <= 0).sum(axis=0), (found >= 0).sum(axis=0))
-    p = np.minimum(1.0, 2 * (1 + smaller) / (1 + len(found)))
-    return np.where(np.isnan(found).any(axis=0), np.nan, p)
+    n = len(without)
+    with np.errstate(invalid="ignore"):  # of infinite values: NaN
+        return n * whole - (n - 1) * without
+
+
+def least(n_rows: int, paired: bool) -> float:
+    """The least p that so many rows of each trace can give."""
+    ways = 2**n_rows if paired else comb(2 * n_rows, n_rows)
+    return (2 if paired else 1) / ways if ways <= EXACT else 1 / (PERMUTATIONS + 1)
 
 
 def holm(p: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:

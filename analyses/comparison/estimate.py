@@ -112,25 +112,50 @@ def _compared(
 
 
 def refit(measured: Measured, n_rows: Mapping[Label, int], reference: Label, how: Resampling) -> Estimates:
-    """All rows pooled, and rows drawn and measured again, the same of every label."""
+    """All rows pooled; rows drawn and measured again, the same of every label; and for p all rows but one."""
     pooled = {label: measured(label, None) for label in n_rows}
     again = {label: _again(measured, label, n, how, place) for place, (label, n) in enumerate(n_rows.items())}
+    alone = {label: _alone(measured, label, n, pooled[label]) for label, n in n_rows.items()}
     values = [np.stack([pooled[label], *core.bounds(again[label])]) for label in n_rows]
     differences = []
     for label, n in n_rows.items():
         if label == reference:
             continue
-        found = _less(again[label], again[reference])
         infinite = np.isinf(pooled[label]).astype(int) + np.isinf(pooled[reference])
         rows = np.full(len(infinite), n if how.paired else n + n_rows[reference])
-        value = _less(pooled[label], pooled[reference])
-        differences.append(np.stack([value, *core.bounds(found), rows, infinite, core.inverted(found)]))
+        ends = core.bounds(_less(again[label], again[reference]))
+        value, p = _less(pooled[label], pooled[reference]), _p(alone[label], alone[reference], how)
+        differences.append(np.stack([value, *ends, rows, infinite, p]))
     return Estimates.of(values, differences)
+
+
+def _alone(
+    measured: Measured, label: Label, n: int, whole: Float[np.ndarray, " cell"]
+) -> Float[np.ndarray, "row cell"]:
+    """What each row brings to the pooled measure; unknown of one row."""
+    if n < 2:
+        return np.full((n, len(whole)), np.nan)
+    without = [measured(label, np.delete(np.arange(n), row)) for row in range(n)]
+    return core.pseudovalues(whole, np.stack(without))
+
+
+def _p(
+    ours: Float[np.ndarray, "row cell"], reference: Float[np.ndarray, "other cell"], how: Resampling
+) -> Float[np.ndarray, " cell"]:
+    """The test of rows by themselves, on what each row brings; NaN where that is unknown of a row."""
+    found = np.full(ours.shape[1], np.nan)
+    known = np.isfinite(ours).all(axis=0) & np.isfinite(reference).all(axis=0)
+    if known.any():
+        test = core.swapped if how.paired else core.permuted
+        found[known] = test(ours[:, known], reference[:, known], "mean", how.seed)
+    return found
 
 
 def _again(
     measured: Measured, label: Label, n: int, how: Resampling, place: int
 ) -> Float[np.ndarray, "replicate cell"]:
+    if n < 2:  # nothing can be drawn
+        return np.full((1, len(measured(label, None))), np.nan)
     draws = core.drawn(n, how.n_bootstrap, how.seed_of(place))
     return np.stack([measured(label, rows) for rows in draws])
 

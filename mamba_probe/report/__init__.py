@@ -2,7 +2,7 @@
 
 from mamba_probe.reference import load_beside, named
 from mamba_probe.report.analysing import MAIN, analyse, analyse_beside, measurable
-from mamba_probe.report.comparing import differences, draw_comparison, labelled
+from mamba_probe.report.comparing import caution, differences, draw_comparison, labelled
 from mamba_probe.report.figures import draw
 from mamba_probe.report.findings import Finding, finding
 from mamba_probe.report.page import write_report
@@ -12,6 +12,7 @@ __all__ = [
     "Finding",
     "analyse",
     "analyse_beside",
+    "caution",
     "differences",
     "draw",
     "draw_comparison",

@@ -13,7 +13,7 @@ from mamba_probe.analyses.common.analysis import number, span
 from mamba_probe.report.figures import RC
 from mamba_probe.run import Run
 
-__all__ = ["differences", "draw_comparison", "labelled"]
+__all__ = ["caution", "differences", "draw_comparison", "labelled"]
 
 
 def labelled(given: Sequence[str]) -> dict[str | float, Run]:
@@ -63,6 +63,15 @@ def differences(result: xr.Dataset) -> list[tuple[str, ...]]:
                 cells = (what, str(other), *map(number, values), number(gap), span(low, high), number(p))
                 rows.append((p, cells))
     return [cells for _, cells in sorted(rows, key=lambda row: (np.isnan(row[0]), row[0]))]
+
+
+def caution(result: xr.Dataset) -> str:
+    """What the differences are, and whether so many can be told on so few rows."""
+    tested, rows, floor = (result.attrs[name] for name in ("n_comparisons", "n_rows", "least_p_holm"))
+    said = f"{tested} difference(s) from {result.attrs['reference']}; rows: {rows}"
+    if float(floor) <= comparison.LEVEL:
+        return f"{said}."
+    return f"{said}. No adjusted p can be below {floor} here: name the variables that you mean, or record more rows."
 
 
 def _at(result: xr.Dataset, dim: str, i: int) -> Any:

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from mamba_probe.analyses.comparison import core
-from mamba_probe.analyses.comparison.estimate import Resampling, each
+from mamba_probe.analyses.comparison.estimate import Resampling, each, refit
 
 
 def compared(ours: np.ndarray, reference: np.ndarray, **how: object):
@@ -169,3 +169,50 @@ def test_a_single_row_has_a_difference_and_no_interval():
     assert found.p.item() == 1.0
     assert np.isnan(found.differences.low).all()
     assert np.isnan(found.values.high).all()
+
+
+def test_pooled_p_of_a_mean_is_that_of_its_rows():
+    a, b = pairs(7, 3, 0.5, 0.6)
+    rows = {"reference": b, "ours": a}
+
+    def mean(label, drawn):
+        return rows[label][slice(None) if drawn is None else drawn].mean(axis=0)
+
+    for paired in (True, False):
+        how = Resampling("mean", paired, 20, 0)
+        found = refit(mean, {"reference": 7, "ours": 7}, "reference", how)
+        np.testing.assert_allclose(found.p[0], compared(a, b, paired=paired).p[0], atol=1e-12)
+
+
+def test_pooled_p_of_a_curved_measure_keeps_its_level_on_few_rows():
+    """Log of a variance, which a percentile bootstrap of 5 rows would find to differ in every fifth pair of samples."""
+    rows = np.random.default_rng(0).normal(size=(2, 400, 5))
+    p = []
+    for ours, reference in zip(*rows, strict=True):
+        both = {"reference": reference, "ours": ours}
+
+        def spread(label, drawn, both=both):
+            return np.array([np.log(both[label][slice(None) if drawn is None else drawn].var() + 1e-12)])
+
+        how = Resampling("mean", True, 2, 0)
+        p.append(refit(spread, {"reference": 5, "ours": 5}, "reference", how).p.item())
+    assert min(p) == 2 / 2**5
+    assert np.mean(np.array(p) <= 2 / 2**5) <= 0.0625 + 3 * np.sqrt(0.0625 / 400)
+
+
+def test_one_row_pooled_tells_nothing_of_a_difference():
+    both = {"reference": np.array([1.0]), "ours": np.array([2.0])}
+    how = Resampling("mean", True, 20, 0)
+    found = refit(lambda label, _: both[label], {"reference": 1, "ours": 1}, "reference", how)
+    assert found.differences.value.item() == 1.0
+    for unknown in (found.p, found.differences.low, found.differences.high, found.values.low):
+        assert np.isnan(unknown).all()
+
+
+@pytest.mark.parametrize(("n", "paired"), [(4, True), (4, False), (20, True), (20, False)])
+def test_the_least_p_is_that_of_rows_as_far_apart_as_can_be(n, paired):
+    ours, reference = np.arange(n, dtype=float)[:, None] + 1e6, np.arange(n, dtype=float)[:, None]
+    test = core.swapped if paired else core.permuted
+    assert test(ours, reference, "mean", 0)[0] >= core.least(n, paired) > 0
+    if paired:
+        assert test(ours, reference, "mean", 0)[0] == pytest.approx(core.least(n, paired))

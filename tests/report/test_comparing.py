@@ -147,6 +147,15 @@ def test_the_command_says_draws_and_stores_what_differs(folders, tmp_path):
     assert "exists" in again.output
 
 
+def test_too_many_differences_for_so_few_rows_are_said(folders, tmp_path):
+    done = call("compare", "memory_horizon", folders / "mamba1", folders / "mamba2", "-o", tmp_path)
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.stdout.split())
+    stored = open_dataset(tmp_path / "memory_horizon.nc")
+    floor = min(1.0, int(stored.attrs["n_comparisons"]) * 2 / 2**6)
+    assert f"No adjusted p can be below {floor:.2g} here: name the variables that you mean" in said
+
+
 def test_labels_that_are_numbers_are_in_order_and_the_first_given_is_the_reference(folders, tmp_path):
     given = (f"500={folders / 'mamba2'}", f"20={folders / 'mamba1'}")
     assert list(labelled(given)) == [500, 20]

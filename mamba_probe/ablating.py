@@ -52,7 +52,8 @@ def ablate_class(
         ablated; random_loss, random_correct (class, draw, batch, token); member (class, batch, token).
 
     Raises:
-        ValueError: no class, one without tokens or that holds a whole row, a mask of another shape, a layer without
+        ValueError: no class, one that no row has beside other tokens (a row it holds whole is left),
+            a mask of another shape, a layer without
             step sizes to change, and what `losses` refuses.
 
     >>> import mamba_probe as mp
@@ -82,6 +83,9 @@ def ablate_class(
     member = ("class", *OVER), np.stack(list(masks.values())), {"long_name": "whether of the class", "units": "1"}
     coords = {"class": list(masks), "draw": np.arange(n_random)}
     what = "delta of the class set to the mean of the row's other tokens, in every layer and head"
+    given = intact["valid"].values
+    alone = int((given.sum(1) == 1).sum())
+    what += f" ({alone} row(s) of one token left as they are)" if alone else ""
     attrs = {"kind": "class ablation", "ablated": what, "n_random": n_random, "seed": seed}
     return intact.assign(joined["class"] | joined["random"] | {"member": member}).assign_coords(coords).assign_attrs(
         attrs | {"null": "the same for as many random tokens of each row", "n_forward": 1 + len(masks) * (1 + n_random)}
@@ -112,8 +116,9 @@ def _masks(classes: Mapping[str, Any] | xr.DataArray, valid: Mask) -> dict[str, 
                 f"class {name!r} needs booleans (batch, token) = {valid.shape}; got {mask.dtype} {mask.shape}"
             )
         found[str(name)] = mask = mask & valid
-        whole = np.flatnonzero(mask.sum(1) == valid.sum(1))
-        if not mask.any() or len(whole):
+        whole = np.flatnonzero(mask.any(1) & (mask.sum(1) == valid.sum(1)))
+        found[str(name)] = kept = mask & (mask.sum(1) < valid.sum(1))[:, None]
+        if not kept.any():
             what = f"every token of row {whole[0]}, which leaves none to take a mean of" if len(whole) else "no token"
             raise ValueError(f"class {name!r} holds {what}")
     return found

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
 __all__ = ["ANALYSIS"]
 
-MOST_UNITS = 32
+MOST_UNITS = 16
 """Parts of all layers together, beside the layers as wholes."""
-MOST_PARTS = 16
-"""Groups of channels of one layer, where it has more heads or channels than 32."""
-DRAWS = 2
-"""Random sets for each number of channels."""
+MOST_PARTS = 8
+"""Groups of channels of one layer, where it has more heads or channels than 16."""
+WORK = 2**31
+"""States that the sets of random channels of one size may step through, together: as many sets are drawn, up to what
+ranks a unit among them with p = 0.05 over all units."""
+FEWEST_DRAWS = 2
 TOLD = 8
 """Units of the table: those that cost most."""
 
@@ -30,8 +32,9 @@ def _of_run(run: Any, seed: int) -> xr.Dataset:
     part = run.isel(batch=slice(MOST_ROWS))
     trace, (inputs, mask, batch_size) = part.trace, given(part)
     chosen, rule = _parts(trace.sizes[trace["delta"].dims[-1]], trace.sizes["layer"])
+    draws = _draws(chosen, trace)
     with run.probe() as probe:
-        ablated = probe.ablate_units(inputs, mask, n_random=DRAWS, seed=seed, batch_size=batch_size, **chosen)
+        ablated = probe.ablate_units(inputs, mask, n_random=draws, seed=seed, batch_size=batch_size, **chosen)
     rows = f"the first {trace.sizes['batch']} of {run.trace.sizes['batch']}"
     return measure(trace, ablated=ablated, seed=seed).assign_attrs(rows=rows, units=rule)
 
@@ -45,6 +48,15 @@ def _parts(n_heads: int, n_layers: int) -> tuple[dict[str, Any], str]:
         return {"group": 1}, "every layer as a whole, and each of its heads (channels)"
     group = -(-n_heads // min(most, MOST_PARTS))
     return {"group": group}, f"every layer as a whole, and its channels (heads), {group} consecutive ones at a time"
+
+
+def _draws(chosen: dict[str, Any], trace: xr.Dataset) -> int:
+    """Random sets of each size: 20 for each unit that has such sets decide, where they are affordable."""
+    n_heads, n_layers = trace.sizes[trace["delta"].dims[-1]], trace.sizes["layer"]
+    parts = -(-n_heads // chosen["group"]) if "group" in chosen else 0
+    units = n_layers * (parts + (n_layers > 1))
+    states = n_layers * n_heads * trace.sizes.get("head_channel", 1) * trace.sizes.get("state", 1)
+    return max(FEWEST_DRAWS, min(20 * units, WORK // (states * int(trace["valid"].sum()))))
 
 
 def _says(result: xr.Dataset) -> tuple[str, list[Row]]:

@@ -68,7 +68,7 @@ def measure(
     found["entropy"] = _over_rows(entropy)
     found |= _correlated(ablated, entropy, n_bootstrap, seed)
     if not gate["solved"]:
-        scored = [name for name in found if name.startswith(("effect", "random", "excess", "correlation"))]
+        scored = [name for name in found if name.startswith(("effect", "random", "rank", "excess", "correlation"))]
         found |= {name: np.full_like(found[name], np.nan) for name in scored}
     task = "task" in ablated.attrs
     entries = {name: _entry(name, np.asarray(values)) for name, values in (found | (gate if task else {})).items()}
@@ -118,11 +118,26 @@ def _effects(ablated: xr.Dataset, n_bootstrap: int, seed: int) -> dict[str, np.n
         known = ablated["unit_pool"].values >= 0
         found |= {f"effect_{name}{end}": part for end, part in paired(change, n_bootstrap, seed).items()}
         found[f"random_{name}"] = _over_rows(random)
+        found |= _ranked(ablated, name, change)
         excess = paired((change - random)[:, known], n_bootstrap, seed) if known.any() else {}
         for end in ("", "_low", "_high", "_p"):
             found[f"excess_{name}{end}"] = whole = np.full(len(known), np.nan)
             whole[known] = excess.get(end, np.nan)
     return found
+
+
+def _ranked(ablated: xr.Dataset, name: str, change: Float[np.ndarray, "row unit"]) -> dict[str, np.ndarray]:
+    """Range of the random sets of each unit's size, and the rank of the unit among them, times units (Bonferroni)."""
+    pool = ablated["unit_pool"].values
+    low, high, p = np.full((3, len(pool)), np.nan)
+    if (pool >= 0).any():
+        stored, sign = QUANTITIES[name]
+        drawn = by_row(by_row(ablated[f"random_{stored}"].values) - by_row(ablated[stored].values))[pool]
+        known, effect = pool >= 0, by_row(change.T)
+        reached = (sign * drawn >= sign * effect[:, None]).sum(axis=1)
+        p[known] = np.minimum(1.0, known.sum() * (1 + reached[known]) / (1 + drawn.shape[1]))
+        low[known], high[known] = drawn.min(axis=1)[known], drawn.max(axis=1)[known]
+    return {f"random_{name}_min": low, f"random_{name}_max": high, f"rank_{name}_p": p}
 
 
 def _over_rows(values: Float[np.ndarray, "row unit"]) -> Float[np.ndarray, " unit"]:
@@ -136,11 +151,14 @@ def _entropy(trace: xr.Dataset, ablated: xr.Dataset, query_tokens: Queries) -> F
     each = by_row(np.moveaxis(read["entropy"].values, 2, -1))  # (layer, batch, head)
     layers = {layer: place for place, layer in enumerate(read["layer"].values.tolist())}
     units = zip(*(ablated[name].values.tolist() for name in ("layer", "first", "size")), strict=True)
+    labels = trace[trace["delta"].dims[-1]].values.astype(int)  # the model's own numbers: a trace may hold some of them
+    whole = np.full((*each.shape[:-1], int(labels.max()) + 1), np.nan)
+    whole[..., labels], held = each, set(labels.tolist())
     places = [
-        (layers[layer], first, size) if layer in layers and first + size <= each.shape[-1] else None
+        (layers[layer], first, size) if layer in layers and held.issuperset(range(first, first + size)) else None
         for layer, first, size in units
     ]
-    return unit_entropy(each, places)
+    return unit_entropy(whole, places)
 
 
 def _last_queries(trace: xr.Dataset) -> Queries:
@@ -168,9 +186,11 @@ def _correlated(ablated: xr.Dataset, entropy: np.ndarray, n_bootstrap: int, seed
 _TEXT = {
     "effect": "change with the unit taken out",
     "random": "change with as many random channels taken out, mean over draws",
+    "rank": "rank of the harm among random sets of as many channels, times the units that have such sets",
     "excess": "effect less that of random channels, paired by row",
 }
-_END = {"_low": ", lower end of the interval", "_high": ", upper end of the interval", "_p": ", family-wise p-value"}
+_END = {"_low": ", lower end of the interval", "_high": ", upper end of the interval", "_p": ", family-wise p-value",
+        "_min": ", least of the sets", "_max": ", largest of the sets"}  # fmt: skip
 _SCALAR = {
     "entropy": ("entropy of |alpha| of the unit's heads, mean over rows and queries", "nat"),
     "correlation": ("Spearman correlation of harm and entropy over heads or groups", "1"),
@@ -203,15 +223,24 @@ def _verdict(ablated: xr.Dataset, gate: dict[str, np.ndarray], found: dict[str, 
         return f"the model does not solve the task ({said}): it has no effect to score"
     name = _scored(ablated)
     needed = (found[f"effect_{name}_p"] <= 0.05) & (QUANTITIES[name][1] * found[f"effect_{name}"] > 0)
-    more = (found[f"excess_{name}_p"] <= 0.05) & (QUANTITIES[name][1] * found[f"excess_{name}"] > 0)
-    n, units, n_rows = len(needed), ablated["unit"].values, ablated.sizes["batch"]
+    ranked = found[f"rank_{name}_p"]
+    more = (found[f"excess_{name}_p"] <= 0.05) & (ranked <= 0.05) & (QUANTITIES[name][1] * found[f"excess_{name}"] > 0)
+    n, units, n_rows = len(needed), ablated["unit"].values, _n_scored(ablated, name)
     if n_rows < FEWEST_ROWS:
         most = int(np.argmax(QUANTITIES[name][1] * found[f"effect_{name}"]))
         largest = f"the largest change of {name} is {found[f'effect_{name}'][most]:.3g}, without {units[most]}"
         return f"{n_rows} row(s) tell no unit's effect from chance ({FEWEST_ROWS} are needed); {largest}"
     listed = ", ".join(units[more][:4].tolist()) + (", .." if more.sum() > 4 else "")
     beyond = f"{more.sum()} cost more {name} than as many random channels" + (f" ({listed})" if more.any() else "")
+    sets, known = int(ablated.attrs["n_random"]), int(np.isfinite(ranked).sum())
+    if known and known / (1 + sets) > 0.05:
+        beyond = f"not told from the {sets} random sets drawn for each size, too few for {known} units"
     return f"{needed.sum()} of {n} units cost {name} when taken out; {beyond}"
+
+
+def _n_scored(ablated: xr.Dataset, name: str) -> int:
+    """Rows with any scored token."""
+    return int(np.isfinite(by_row(ablated[QUANTITIES[name][0]].values)).sum())
 
 
 def _attributes(

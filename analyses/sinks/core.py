@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Bool, Float
 
-__all__ = ["adjusted", "logarithm", "mean", "permuted", "sums", "usable"]
+__all__ = ["adjusted", "logarithm", "mean", "shifted", "sums", "usable"]
 
 BLOCK_BYTES = 2**25
-"""Most bytes of the permuted labels of a row at once, in float64."""
+"""Most bytes of the shifted labels of a row at once, in float64."""
 
 
 def usable(member: Bool[np.ndarray, "class token"]) -> Bool[np.ndarray, " class"]:
@@ -34,15 +34,15 @@ def sums(
     ), n * mean  # the rest summed by itself: a difference would lose small steps
 
 
-def permuted(
+def shifted(
     member: Bool[np.ndarray, "class token"], n: int, seed: tuple[int, ...]
-) -> Iterator[tuple[slice, Float[np.ndarray, "class permutation token"]]]:
-    """The labels of a row in random orders, the same for all classes, some orders at a time."""
+) -> Iterator[tuple[slice, Float[np.ndarray, "class shift token"]]]:
+    """The labels of a row shifted circularly by random numbers of tokens, the same for all classes, some at a time."""
     rng, (n_classes, n_tokens) = np.random.default_rng(seed), member.shape
     step = max(1, BLOCK_BYTES // (8 * n_classes * n_tokens))
     for start in range(0, n, step):
         size = min(step, n - start)
-        order = rng.permuted(np.broadcast_to(np.arange(n_tokens), (size, n_tokens)), axis=1)
+        order = (np.arange(n_tokens) + rng.integers(n_tokens, size=(size, 1))) % n_tokens
         yield slice(start, start + size), member[:, order].astype(float)
 
 
@@ -69,9 +69,7 @@ def mean(values: Float[np.ndarray, "*shape head"]) -> Float[np.ndarray, "*shape"
     )
 
 
-def adjusted(
-    score: Float[np.ndarray, "*shape"], largest: Float[np.ndarray, " permutation"]
-) -> Float[np.ndarray, "*shape"]:
+def adjusted(score: Float[np.ndarray, "*shape"], largest: Float[np.ndarray, " shift"]) -> Float[np.ndarray, "*shape"]:
     """Family-wise p-values of scores: how often the largest of all of them is as large by chance (max-T).
 
     >>> adjusted(np.array([5.0, 1.5]), np.array([1.0, 2.0, 3.0])).tolist()

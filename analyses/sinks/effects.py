@@ -32,6 +32,8 @@ def check(
     given = ablated["class"].values.tolist()
     if given != names:
         raise ValueError(f"ablated has the classes {given}, the trace {names}: pass classes=sinks.classes(trace) to it")
+    whole = member.sum(axis=2) == view.valid.sum(axis=1)
+    member = member & ~whole[..., None]  # such rows have no rest to level to
     if ablated["member"].shape != member.shape or np.any(ablated["member"].values != member):
         raise ValueError(
             "ablated was made on other tokens: a class holds others there. Give it the rows of this trace, and its mask"
@@ -61,7 +63,9 @@ def verdicts(found: Mapping[str, np.ndarray] | None, n_classes: int, n_rows: int
         return [f"{n_rows} row(s) cannot tell whether it matters: {FEWEST_ROWS} are needed"] * n_classes
     said = []
     for excess, p in zip(found["excess_loss"], found["excess_loss_p"], strict=True):
-        if p > LEVEL:
+        if np.isnan(p) or np.isnan(excess):
+            said.append("cannot be told: its effect has no p-value")
+        elif p > LEVEL:
             said.append("matters no more and no less than random tokens, as far as these rows tell")
         else:
             said.append("matters more than random tokens" if excess > 0 else "matters less than random tokens")

@@ -70,10 +70,11 @@ def _sentence(result: xr.Dataset, said: list[str]) -> str:
     head = f"Heads that specialise: in {found}." if found else "No head specialises in a class of tokens."
     if "effect_loss" not in result:
         return f"{head} A ratio, not a function: no ablation was given."
-    if int(result.attrs["n_rows"]) < FEWEST_ROWS:
+    if int(result.attrs["n_scored_rows"]) < FEWEST_ROWS:
         return f"{head} {result['verdict'].values[0]}.".replace("whether it matters", "whether their step sizes matter")
     if not said:
-        return f"{head} Levelling the step sizes of no class costs more loss than of as many random tokens."
+        none = "Of no class is it shown that levelling its step sizes costs more loss than of as many random tokens."
+        return f"{head} {none}"
     return f"{head} Levelling a class's step sizes costs more loss than of as many random tokens: {', '.join(said)}."
 
 
@@ -91,8 +92,8 @@ ANALYSIS = Analysis(
     question="Are step sizes larger at some tokens, in which heads, and does it matter to the predictions?",
     reading=(
         "The ratio is the mean delta at a class of tokens over that of the rest of the same rows (of a layer: geometric"
-        " mean over heads). Its null: labels permuted within rows. A specialist has a ratio of 2 or more, above its"
-        " permutations with all classes, layers and heads counted. A ratio is not a function: the loss is what the"
+        " mean over heads). Its null: labels shifted circularly within rows. A specialist has a ratio of 2 or more,"
+        " above its shifts with all classes, layers and heads counted. A ratio is not a function: the loss is what the"
         " model loses when the class's step sizes are levelled: set to the mean of the rest, in every layer;"
         " its null: the same for as many random tokens."
     ),

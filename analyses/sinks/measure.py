@@ -16,7 +16,7 @@ __all__ = ["measure"]
 
 def measure(
     trace: xr.Dataset, *, classes: xr.DataArray | Shaped[np.ndarray, "batch token"] | None = None,
-    ablated: xr.Dataset | None = None, threshold: float = 2.0, n_permutations: int = 200, n_bootstrap: int = 200,
+    ablated: xr.Dataset | None = None, threshold: float = 2.0, n_shifts: int = 200, n_bootstrap: int = 200,
     seed: int = 0, weights: object = None, interventions: object = None, baseline: object = None,
 ) -> xr.Dataset:  # fmt: skip
     r"""Measure how much larger the step sizes are at a class of tokens than at the rest of the same rows.
@@ -26,16 +26,16 @@ def measure(
     of each layer and head (Mamba-1: channel): the rest of a row weighs as many tokens as the class has there, so that
     a row of large steps favours neither. Source: the state sink of arXiv 2606.00930; this ratio, the test of
     specialists and the ablation against random tokens are ours. A ratio says what is detected, not what it does: pass
-    `ablated`. Cost: O(token head class permutation), one block of heads at a time.
+    `ablated`. Cost: O(token head class shift), one block of heads at a time.
 
     Args:
         trace: delta, with `valid` and `position`; `token_text` and task roles give more classes.
         classes: labels (batch, token), "" for none, in addition; or what `sinks.classes` returned, alone.
         ablated: of `ablate_class(probe, ..., classes=sinks.classes(trace))` on the same rows.
         threshold: least ratio of a specialist.
-        n_permutations: of each row's labels, the same in every layer and head.
+        n_shifts: of each row's labels, the same in every layer and head.
         n_bootstrap: replicates of the 95 % intervals, over rows; NaN with one row.
-        seed: of permutations, replicates and signs.
+        seed: of shifts, replicates and signs.
         weights, interventions, baseline: not used; refused.
 
     Returns:
@@ -47,7 +47,7 @@ def measure(
 
     Raises:
         ValueError: S4D, whose steps are constant; no class; an ablation of other rows, classes or another model;
-            n_permutations below 19, too few for any p-value of 0.05.
+            n_shifts below 19, too few for any p-value of 0.05.
 
     >>> steps = np.ones((1, 2, 4, 1), "float32")
     >>> steps[:, :, 0] = 3
@@ -61,7 +61,7 @@ def measure(
     (3.0, 'a ratio, not a function: no ablation was given')
     """
     refuse("sinks", weights=weights, interventions=interventions, baseline=baseline)
-    _check(threshold, n_permutations, n_bootstrap)
+    _check(threshold, n_shifts, n_bootstrap)
     view = Canonical(trace, "delta", "A")
     if view.constant:
         raise ValueError(
@@ -71,30 +71,34 @@ def measure(
     names, member = _member(chosen, view)
     if ablated is not None:
         check(ablated, view, member, names)
-    layers = [read(view, member, layer, n_permutations, seed) for layer in range(view.n_layers)]
+    layers = [read(view, member, layer, n_shifts, seed) for layer in range(view.n_layers)]
     size, whole = member.sum(axis=2), member.sum(axis=2) == view.valid.sum(axis=1)
     count = np.where(whole, 0, size).sum(axis=1)
-    found = _by_head(layers, threshold, count) | _by_layer(layers, n_bootstrap, seed)
+    found = _by_head(layers, threshold, count, (member.any(axis=2) & ~whole).sum(axis=1)) | _by_layer(
+        layers, n_bootstrap, seed
+    )
     found["specialist_share"] = found["specialist"].mean(axis=-1)
     found["share"] = found["specialist"].mean(axis=(1, 2))
     found["n_tokens"] = count
     changed = None if ablated is None else dict(effects(ablated, n_bootstrap, seed))
-    said = np.array(verdicts(changed, len(names), view.n_rows), dtype=object)
+    said = np.array(verdicts(changed, len(names), _n_scored(view, ablated)), dtype=object)
     entries = {name: _entry(name, values, view.head_dim) for name, values in (found | (changed or {})).items()}
     entries["verdict"] = (("class",), said, "whether the ratio has a function", "words")
     coords = {key: values for key, values in view.coords().items() if key != "batch"} | {
         "class": np.array(names, object)
     }
-    return described(entries, coords, _attributes(view, ablated, threshold, n_permutations, n_bootstrap, seed))
+    return described(entries, coords, _attributes(view, ablated, threshold, n_shifts, n_bootstrap, seed))
 
 
-def _check(threshold: float, n_permutations: int, n_bootstrap: int) -> None:
+def _n_scored(view: Canonical, ablated: xr.Dataset | None) -> int:
+    return view.n_rows if ablated is None else int((~np.isnan(ablated["loss"].values)).any(axis=1).sum())
+
+
+def _check(threshold: float, n_shifts: int, n_bootstrap: int) -> None:
     if not threshold > 0:
         raise ValueError(f"threshold is a ratio above 0; got {threshold}")
-    if n_permutations < 19:
-        raise ValueError(
-            f"n_permutations must be at least 19, since fewer allow no p-value of 0.05; got {n_permutations}"
-        )
+    if n_shifts < 19:
+        raise ValueError(f"n_shifts must be at least 19, since fewer allow no p-value of 0.05; got {n_shifts}")
     if n_bootstrap < 2:
         raise ValueError(f"n_bootstrap must be at least 2; got {n_bootstrap}")
 
@@ -115,7 +119,7 @@ def _member(chosen: xr.DataArray, view: Canonical) -> tuple[list[str], Bool[np.n
     return names, member
 
 
-def _by_head(layers: list[Layer], threshold: float, count: np.ndarray) -> dict[str, np.ndarray]:
+def _by_head(layers: list[Layer], threshold: float, count: np.ndarray, n_rows: np.ndarray) -> dict[str, np.ndarray]:
     """(class, layer, head): ratios, their nulls and p-values over everything that was looked at."""
     largest = np.max([layer.largest for layer in layers], axis=0)
     score = np.stack([layer.score for layer in layers], axis=1)
@@ -125,7 +129,7 @@ def _by_head(layers: list[Layer], threshold: float, count: np.ndarray) -> dict[s
         "ratio": ratio,
         "null_ratio": np.exp(np.stack([layer.null for layer in layers], axis=1)),
         "p_value": p,
-        "specialist": (ratio >= threshold) & (p <= LEVEL),
+        "specialist": (ratio >= threshold) & (p <= LEVEL) & (n_rows >= 2)[:, None, None],
         "class_delta": parts[0] / count[:, None, None],
         "rest_delta": parts[1] / count[:, None, None],
     }
@@ -154,8 +158,8 @@ def _by_layer(layers: list[Layer], n_bootstrap: int, seed: int) -> dict[str, np.
     return {name: np.stack(values, axis=1) for name, values in found.items()}
 
 
-def _range(values: Float[np.ndarray, " permutation"]) -> Float[np.ndarray, " bound=2"]:
-    """Where 95 % of the permutations lie that have a number."""
+def _range(values: Float[np.ndarray, " shift"]) -> Float[np.ndarray, " bound=2"]:
+    """Where 95 % of the shifts lie that have a number."""
     known = values[np.isfinite(values)]
     return np.quantile(known, [0.025, 0.975]) if len(known) else np.full(2, np.nan)
 
@@ -164,7 +168,7 @@ _TEXT = {
     "ratio": ("mean delta at the class over that of the rest of the same rows", "1"),
     "ratio_low": ("lower end of the interval of the ratio", "1"),
     "ratio_high": ("upper end of the interval of the ratio", "1"),
-    "null_ratio": ("geometric mean of the ratio with labels permuted within rows", "1"),
+    "null_ratio": ("geometric mean of the ratio with labels shifted within rows", "1"),
     "p_value": ("family-wise p-value of the ratio, above chance", "1"),
     "specialist": ("whether the head is a specialist of the class", "1"),
     "class_delta": ("mean delta at the class", "1"),
@@ -172,9 +176,9 @@ _TEXT = {
     "layer_ratio": ("geometric mean of the ratio over heads", "1"),
     "layer_ratio_low": ("lower end of the interval of the geometric mean over heads", "1"),
     "layer_ratio_high": ("upper end of the interval of the geometric mean over heads", "1"),
-    "layer_null_ratio": ("geometric mean of the ratio over heads with labels permuted within rows", "1"),
-    "layer_null_low": ("2.5 % quantile of the geometric mean over heads over permutations", "1"),
-    "layer_null_high": ("97.5 % quantile of the geometric mean over heads over permutations", "1"),
+    "layer_null_ratio": ("geometric mean of the ratio over heads with labels shifted within rows", "1"),
+    "layer_null_low": ("2.5 % quantile of the geometric mean over heads over shifts", "1"),
+    "layer_null_high": ("97.5 % quantile of the geometric mean over heads over shifts", "1"),
     "specialist_share": ("share of the layer's heads that are specialists", "1"),
     "share": ("share of all heads that are specialists", "1"),
     "n_tokens": ("tokens of the class", "token"),
@@ -203,7 +207,7 @@ def _entry(name: str, values: np.ndarray, head_dim: str) -> Entry:
 
 
 def _attributes(
-    view: Canonical, ablated: xr.Dataset | None, threshold: float, n_permutations: int, n_bootstrap: int, seed: int
+    view: Canonical, ablated: xr.Dataset | None, threshold: float, n_shifts: int, n_bootstrap: int, seed: int
 ) -> dict[str, str]:
     several = view.n_rows > 1
     return {
@@ -211,9 +215,10 @@ def _attributes(
         "model": str(view.trace.attrs.get("model", "unnamed model")),
         "estimator": "sum of delta at the class over what it would be were each of its tokens as the mean of the rest "
         "of its row (ours, after the state sink of arXiv 2606.00930)",
-        "null": f"labels permuted within rows, {n_permutations} times, the same in every layer and head",
-        "specialist_rule": f"ratio >= {threshold:g}, and above the permutations at a family-wise level of {LEVEL:g} "
-        "over all classes, layers and heads (max-T of the standardised log ratio)",
+        "null": f"labels shifted circularly within rows, {n_shifts} times, the same in every layer and head",
+        "specialist_rule": f"ratio >= {threshold:g}, and above the shifts at a family-wise level of {LEVEL:g} "
+        "over all classes, layers and heads (max-T of the standardised log ratio), in at least 2 rows; assumes step "
+        "sizes alike in distribution at every place of a row",
         "interval": "95 % percentile bootstrap over rows" if several else "NaN: one row, nothing to resample",
         "reduces_over": "ratio: batch, token; layer_*: heads too; share: layers too",
         "ablation": NO_ABLATION if ablated is None else f"{ablated.attrs['ablated']}; null: {ablated.attrs['null']}, "
@@ -222,6 +227,7 @@ def _attributes(
         "p_values": P_VALUES if ablated is not None else "of ratios: see specialist_rule",
         "head_dim": view.head_dim,
         "n_rows": str(view.n_rows),
+        "n_scored_rows": str(_n_scored(view, ablated)),
         "n_bootstrap": str(n_bootstrap),
         "seed": str(seed),
     }  # fmt: skip

@@ -13,7 +13,7 @@ __all__ = ["Layer", "read"]
 READ_BYTES = 2**26
 """Most bytes of one (token, head) array that is read at once, in float64."""
 NULL_BYTES = 2**26
-"""Most bytes of the sums of all permutations of a block of heads."""
+"""Most bytes of the sums of all shifts of a block of heads."""
 
 
 @dataclass
@@ -22,21 +22,21 @@ class Layer:
 
     Attributes:
         observed: of each row, at the class and as the rest would have it.
-        null: mean log ratio over permutations, by class and head.
-        layer_null: mean log ratio over heads of each permutation.
-        score: how many standard deviations the log ratio lies above the mean; 0 where no permutation changes it.
-        largest: largest such number of each permutation, over classes and heads.
+        null: mean log ratio over shifts, by class and head.
+        layer_null: mean log ratio over heads of each shift.
+        score: how many standard deviations the log ratio lies above the mean; 0 where no shift changes it.
+        largest: largest such number of each shift, over classes and heads.
     """
 
     observed: Float[np.ndarray, "part=2 row class head"]
     null: Float[np.ndarray, "class head"]
-    layer_null: Float[np.ndarray, "permutation class"]
+    layer_null: Float[np.ndarray, "shift class"]
     score: Float[np.ndarray, "class head"]
-    largest: Float[np.ndarray, " permutation"]
+    largest: Float[np.ndarray, " shift"]
 
 
 def read(view: Canonical, member: Bool[np.ndarray, "class batch token"], layer: int, n: int, seed: int) -> Layer:
-    """Sums of a layer, with `n` permutations of each row's labels, the same ones in every layer and head."""
+    """Sums of a layer, with `n` shifts of each row's labels, the same ones in every layer and head."""
     n_classes, shape = len(member), (len(member), view.n_heads)
     observed, null, score = np.zeros((2, view.n_rows, *shape)), np.zeros(shape), np.zeros(shape)
     total, count, largest = np.zeros((n, n_classes)), np.zeros((n, n_classes)), np.full(n, -np.inf)
@@ -49,7 +49,7 @@ def read(view: Canonical, member: Bool[np.ndarray, "class batch token"], layer: 
             delta, labels = view.row(layer, row, heads).delta, member[:, row, view.valid[row]]
             observed[:, row, :, heads] = core.sums(labels.astype(float), delta)
             if core.usable(labels).any():
-                _permute(parts, labels, delta, (seed, row))
+                _shift(parts, labels, delta, (seed, row))
         log = core.logarithm(parts)
         null[:, heads] = core.mean(np.moveaxis(log, 0, -1))
         total += np.where(np.isfinite(log), log, 0.0).sum(axis=2)
@@ -61,16 +61,16 @@ def read(view: Canonical, member: Bool[np.ndarray, "class batch token"], layer: 
     return Layer(observed, null, over, score, largest)
 
 
-def _permute(
-    parts: Float[np.ndarray, "part=2 permutation class head"], labels: Bool[np.ndarray, "class token"],
+def _shift(
+    parts: Float[np.ndarray, "part=2 shift class head"], labels: Bool[np.ndarray, "class token"],
     delta: Float[np.ndarray, "token head"], seed: tuple[int, ...],
 ) -> None:  # fmt: skip
-    for some, orders in core.permuted(labels, parts.shape[1], seed):
+    for some, orders in core.shifted(labels, parts.shape[1], seed):
         parts[:, some] += np.swapaxes(np.stack(core.sums(orders, delta)), 1, 2)
 
 
 def _standardised(log: Float[np.ndarray, "n class head"]) -> Float[np.ndarray, "n class head"]:
-    """In standard deviations about the mean, over the observed and its permutations alike: so they are exchangeable."""
+    """In standard deviations about the mean, over the observed and its shifts alike: so they are exchangeable."""
     away = log - core.mean(np.moveaxis(log, 0, -1))
     deviation = np.sqrt(core.mean(np.moveaxis(away**2, 0, -1)))
     spread = deviation > 1e-9  # rounding alone is no spread: a constant delta has no ratio but 1

@@ -12,7 +12,7 @@ import xarray as xr
 import mamba_probe as mp
 from mamba_probe.ablating import ablate_class, ablate_units
 from mamba_probe.analyses import ablation, hidden_attention
-from mamba_probe.analyses.ablation.entry import ANALYSIS, _parts
+from mamba_probe.analyses.ablation.entry import ANALYSIS, _draws, _parts
 from mamba_probe.run import record_task
 
 
@@ -256,8 +256,62 @@ def test_what_a_run_may_lack_and_which_parts_are_taken():
     bare = SimpleNamespace(trace=xr.Dataset(), lacks_model=lambda: "")
     assert ANALYSIS.lacks(bare).startswith("token ids, and predictions")
     assert [_parts(*sizes)[0] for sizes in ((4, 1), (276, 1), (128, 2), (1536, 24), (24, 64))] == [
-        {"group": 1}, {"group": 18}, {"group": 8}, {"heads": ()}, {"heads": ()},
+        {"group": 1}, {"group": 35}, {"group": 16}, {"heads": ()}, {"heads": ()},
     ]  # fmt: skip
+
+
+def test_as_many_random_sets_are_drawn_as_can_decide_or_as_are_affordable():
+    def shaped(tokens, layers, channels, states):
+        coords = {"valid": (("batch", "token"), np.ones((1, tokens), bool))}
+        delta = np.broadcast_to(0.0, (layers, 1, tokens, channels))
+        A = np.broadcast_to(0.0, (layers, channels, states))
+        return xr.Dataset(
+            {"delta": (("layer", "batch", "token", "channel"), delta), "A": (("layer", "channel", "state"), A)}, coords
+        )
+
+    assert _draws({"group": 16}, shaped(1024, 1, 128, 16)) == 20 * 8
+    assert _draws({"group": 16}, shaped(1024, 2, 128, 16)) == 20 * 2 * 9
+    assert _draws({"group": 16}, shaped(2**14, 1, 128, 16)) == 2**31 // (2**14 * 128 * 16)
+    assert _draws({"heads": ()}, shaped(2**16, 24, 1536, 16)) == 2
+
+
+def test_a_unit_is_more_than_random_where_no_random_set_reaches_it():
+    """One channel in 16 holds all answers: of 400 sets of a channel some hold it too, so its rank says that it may be
+    a draw; where no other channel does anything, one unit among 16 is 1 in 16 of the draws."""
+    built = mp.constructions.mqar(n_keys=16, n_values=16, key_code="constant-weight")
+    task = mp.tasks.mqar(batch=12, length=32, n_pairs=4, vocab=32, seed=0)
+    trace, ablated = measured(built.model, task, group=1, n_random=400)
+    found = ablation.measure(trace, ablated=ablated)
+    drawn = ablated["random_correct"].mean(("batch", "token")).values[0] - ablated["correct"].mean().item()
+    parts = found.isel(unit=slice(1, None))
+    n = parts.sizes["unit"]
+    for unit in range(n):
+        harm = -parts["effect_accuracy"].values[unit]
+        reached = (-drawn >= harm - 1e-12).sum()
+        expected = min(1.0, n * (1 + reached) / 401)
+        assert parts["rank_accuracy_p"].values[unit] == pytest.approx(expected)
+    assert (found["rank_accuracy_p"].fillna(1) > 0.05).all(), "single value channels are among the random ones"
+    assert np.isclose(parts["random_accuracy_min"].values, drawn.min()).all()
+    assert np.isclose(parts["random_accuracy_max"].values, drawn.max()).all()
+
+
+def test_too_few_random_sets_are_said_to_tell_nothing(planted):
+    _, _, trace, ablated = planted
+    verdict = ablation.measure(trace, ablated=ablated).attrs["verdict"]
+    units = int((ablated["unit_pool"] >= 0).sum())
+    assert f"not told from the 2 random sets drawn for each size, too few for {units} units" in verdict
+
+
+@pytest.mark.parametrize("kept", [slice(0, 2), slice(2, 4)])
+def test_the_entropy_of_a_unit_is_that_of_its_own_heads_in_a_trace_of_some(kept):
+    task = mp.tasks.mqar(batch=6, length=32, n_pairs=4, vocab=256, seed=0)
+    trace, ablated = measured(mp.load("zoo:trained-mqar-mamba2"), task, group=1, n_random=2)
+    whole = ablation.measure(trace, ablated=ablated)["entropy"].values
+    part = trace.isel(head=kept).assign_attrs(n_heads=4)
+    found = ablation.measure(part, ablated=ablated)["entropy"].values
+    heads = np.arange(4)[kept] + 1  # after the layer as a whole
+    np.testing.assert_allclose(found[heads], whole[heads])
+    assert np.isnan(np.delete(found, heads)).all()
 
 
 @pytest.mark.long

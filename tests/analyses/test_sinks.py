@@ -36,7 +36,7 @@ def labels_of(seed, shape=(4, 40), share=0.15):
 def test_ratios_are_those_of_a_loop():
     delta, labels, valid = random_delta(0), labels_of(0), np.ones((4, 40), bool)
     valid[1, :7], valid[3, 30:] = False, False
-    found = sinks.measure(trace_of(delta, valid), classes=labels, n_permutations=19)
+    found = sinks.measure(trace_of(delta, valid), classes=labels, n_shifts=19)
     for layer in range(2):
         for channel in range(6):
             for name in found["class"].values:
@@ -76,7 +76,7 @@ def test_by_chance_one_in_twenty_recordings_has_any_specialist():
     for seed in range(60):
         trace = trace_of(random_delta(100 + seed, (3, 3, 30, 5)))
         found = sinks.measure(
-            trace, classes=labels_of(100 + seed, (3, 30)), threshold=1e-6, n_permutations=59, n_bootstrap=2, seed=seed
+            trace, classes=labels_of(100 + seed, (3, 30)), threshold=1e-6, n_shifts=59, n_bootstrap=2, seed=seed
         )
         false += bool(found["specialist"].any())
     assert 1 <= false <= 9, "binomial(60, 0.05) lies within 0 .. 9 but for 0.1 %; without any, the test would be dull"
@@ -112,14 +112,14 @@ def test_steps_of_zero_have_no_ratio():
 
 
 def test_steps_that_are_zero_at_most_tokens_keep_their_order():
-    """A permutation whose class has no step at all has a ratio of 0, one whose rest has none an infinite one."""
+    """A shift whose class has no step at all has a ratio of 0, one whose rest has none an infinite one."""
     delta = np.zeros((1, 3, 12, 1))
     delta[:, :, 0] = 5.0
-    found = sinks.measure(trace_of(delta), n_permutations=99)
+    found = sinks.measure(trace_of(delta), n_shifts=99)
     assert np.isposinf(found["ratio"].item())
     assert found["specialist"].item()
     delta[:, :, 1:] = np.linspace(0, 1, 11)[:, None]
-    found = sinks.measure(trace_of(delta[:, :, ::-1]), n_permutations=99)
+    found = sinks.measure(trace_of(delta[:, :, ::-1]), n_shifts=99)
     assert found["ratio"].item() == pytest.approx(11 / 9.5)
     assert not found["specialist"].item()
 
@@ -128,19 +128,19 @@ def test_more_heads_looked_at_are_counted():
     """The same head among more of them: its p-value rises."""
     delta, labels = random_delta(3, (1, 4, 40, 60)), labels_of(3)
     delta[..., 0] *= np.where(labels == "event", 1.6, 1.0)
-    few = sinks.measure(trace_of(delta[..., :1]), classes=labels, n_permutations=999, n_bootstrap=2)
-    many = sinks.measure(trace_of(delta), classes=labels, n_permutations=999, n_bootstrap=2)
+    few = sinks.measure(trace_of(delta[..., :1]), classes=labels, n_shifts=999, n_bootstrap=2)
+    many = sinks.measure(trace_of(delta), classes=labels, n_shifts=999, n_bootstrap=2)
     p = [each["p_value"].sel({"class": "event"}).values[0, 0] for each in (few, many)]
     assert p[0] < p[1]
     assert few["ratio"].values[1, 0, 0] == pytest.approx(many["ratio"].values[1, 0, 0], rel=1e-12)
 
 
-def test_blocks_of_heads_and_of_permutations_change_nothing(monkeypatch):
+def test_blocks_of_heads_and_of_shifts_change_nothing(monkeypatch):
     trace, labels = trace_of(random_delta(4)), labels_of(4)
-    whole = sinks.measure(trace, classes=labels, n_permutations=29)
+    whole = sinks.measure(trace, classes=labels, n_shifts=29)
     monkeypatch.setattr(stream, "READ_BYTES", 8 * 40 * 2)
     monkeypatch.setattr(core, "BLOCK_BYTES", 8 * 40 * 2 * 7)
-    xr.testing.assert_allclose(sinks.measure(trace, classes=labels, n_permutations=29), whole, rtol=1e-12)
+    xr.testing.assert_allclose(sinks.measure(trace, classes=labels, n_shifts=29), whole, rtol=1e-12)
 
 
 def test_the_cost_grows_with_the_tokens(monkeypatch):
@@ -155,7 +155,7 @@ def test_the_cost_grows_with_the_tokens(monkeypatch):
     cost = []
     for n_tokens in (100, 200, 400):
         counted.clear()
-        sinks.measure(trace_of(random_delta(5, (1, 2, n_tokens, 3))), n_permutations=19, n_bootstrap=2)
+        sinks.measure(trace_of(random_delta(5, (1, 2, n_tokens, 3))), n_shifts=19, n_bootstrap=2)
         cost.append(sum(counted))
     assert cost == [cost[0], 2 * cost[0], 4 * cost[0]]
 
@@ -183,7 +183,7 @@ def test_a_class_that_is_all_or_nothing_of_each_row_is_left_out():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"n_permutations": 18}, "n_permutations must be at least 19"),
+        ({"n_shifts": 18}, "n_shifts must be at least 19"),
         ({"threshold": 0.0}, "threshold is a ratio above 0"),
         ({"n_bootstrap": 1}, "n_bootstrap must be at least 2"),
         ({"classes": np.full((2, 4), "", object)}, r"labels needs strings \(batch, token\) = \(4, 40\)"),
@@ -213,3 +213,30 @@ def test_masks_of_another_kind_are_refused():
         sinks.measure(trace, classes=mask.astype(int))
     with pytest.raises(ValueError, match=r"classes \['first token'\] have no row"):
         sinks.measure(trace, classes=mask & False)
+
+
+def test_one_row_declares_no_specialist():
+    delta = random_delta(7, (1, 1, 60, 2))
+    delta[:, :, 0] = 1e3
+    found = sinks.measure(trace_of(delta))
+    assert found["ratio"].min() > 2
+    assert not found["specialist"].any()
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.9])
+def test_a_run_of_labels_holds_its_family_wise_error(rho):
+    """Steps that stay alike for a while, and ten consecutive labels: permutations would err every other time."""
+    false = 0
+    for seed in range(60):
+        rng = np.random.default_rng((seed, 5))
+        steps = rng.standard_normal((1, 8, 160, 5))
+        for t in range(1, 160):
+            steps[:, :, t] = rho * steps[:, :, t - 1] + np.sqrt(1 - rho**2) * steps[:, :, t]
+        labels = np.full((8, 100), "", object)
+        for row in labels:
+            start = rng.integers(90)
+            row[start : start + 10] = "event"
+        trace = trace_of(np.exp(0.7 * steps[:, :, 60:]))
+        found = sinks.measure(trace, classes=labels, threshold=1e-9, n_shifts=59, n_bootstrap=2, seed=seed)
+        false += bool(found["specialist"].any())
+    assert false <= 9, "binomial(60, 0.05) lies above 9 in 0.1 %"

@@ -221,3 +221,30 @@ def test_every_model_of_the_zoo_that_solves_its_task_needs_some_classs_steps(nam
     assert np.isfinite(found["layer_ratio"]).all()
     if mp.zoo.card(name)["accuracy"]["value"] > 0.9:
         assert (found["effect_loss"] > 0.3).any(), "some class's steps are needed by every model that solves its task"
+
+
+def test_rows_without_a_scored_token_do_not_count_as_rows(run):
+    """All p-values are unknown where one row alone is scored: no verdict, whatever the ratio."""
+    part = run.isel(batch=slice(7))
+    result = ANALYSIS.of_run(part, 0)
+    assert result.attrs["n_scored_rows"] == "7"
+    with part.probe() as probe:
+        ablated = ablate_class(probe, part.task, classes=sinks.classes(part.trace), n_random=2)
+    gone = np.arange(7)[:, None] > 0
+    hidden = {name: ablated[name].where(~xr.DataArray(gone, dims=("batch", "one")).isel(one=0)) for name in ablated}
+    hidden = ablated.assign({name: each for name, each in hidden.items() if "loss" in name or "correct" in name})
+    found = sinks.measure(part.trace, classes=sinks.classes(part.trace), ablated=hidden)
+    assert found.attrs["n_scored_rows"] == "1"
+    assert not any("matters" in text.replace("whether it matters", "") for text in found["verdict"].values)
+
+
+def test_a_row_of_one_token_is_left_as_it_is(model):
+    ids = np.random.default_rng(0).integers(1, 61, (4, 20))
+    mask = np.ones_like(ids)
+    mask[2, 1:] = 0
+    with mp.attach(model) as probe:
+        run = Run(probe.record(ids, mask), probe.weights(), xr.Dataset(), model=model)
+        given = ablate_class(probe, ids, mask, classes=sinks.classes(run.trace), n_random=2)
+    assert "1 row(s) of one token left as they are" in given.attrs["ablated"]
+    assert not given["member"].sel({"class": "first token"}).values[2].any()
+    assert np.isfinite(ANALYSIS.of_run(run, 0)["effect_loss"].values).all()

@@ -18,9 +18,7 @@ LONGER = 4
 
 def measured(name: str, removed: tuple[float, ...] | None = None) -> xr.Dataset:
     """Measure a model of the zoo; `removed`: shares of the context to take away (default: those of `remembrance`)."""
-    card = mp.zoo.card(name)["task"]
-    length, options = card["length"], {k: v for k, v in card.items() if k not in ("name", "batch", "length", "seed")}
-    task = getattr(mp.tasks, card["name"])(batch=8 if length < 1024 else 2, length=LONGER * length, seed=1, **options)
+    task, length = given_of(name)
     asking = task.role == "query"
     at = np.array([part.stop - 1 - asking.sum(0)[part][::-1].argmax() for part in parts(LONGER * length)])
     rows = np.argsort(~asking[:, at[-1]], kind="stable")[:4]
@@ -37,6 +35,22 @@ def measured(name: str, removed: tuple[float, ...] | None = None) -> xr.Dataset:
     )
 
 
+def given_of(name: str, rows: int = 8) -> tuple[mp.tasks.Task, int]:
+    """The task of a model on longer rows than it was trained on, and the length trained on."""
+    card = mp.zoo.card(name)["task"]
+    length, options = card["length"], {k: v for k, v in card.items() if k not in ("name", "batch", "length", "seed")}
+    rows = rows if length < 1024 else 2
+    return getattr(mp.tasks, card["name"])(batch=rows, length=LONGER * length, seed=1, **options), length
+
+
+def paced(name: str) -> xr.Dataset:
+    """The collapse ratio on rows enough that some are asked near every length."""
+    task, length = given_of(name, rows=64 if "mqar" in name else 8)
+    with mp.attach(mp.load(f"zoo:{name}")) as probe:
+        trace = probe.record(task, variables=("delta", "A", "B", "C"))
+    return receptive_field.measure(trace, train_length=length, query_tokens=[LONGER * length - 1])
+
+
 def parts(length: int) -> list[slice]:
     """Eight equal parts of a row; one query of each is looked at."""
     return [slice(length * i // 8, length * (i + 1) // 8) for i in range(8)]
@@ -48,6 +62,9 @@ def table() -> None:
     print("| model | layer |", " | ".join(names), "| removed: 1, an eighth, a half |")
     for model in mp.zoo.names():
         result = measured(model, (1 / 8, 1 / 2))
+        ratio = paced(model)
+        print(model, ratio.attrs["prefixes"], ratio["prefix_length"].values.round().tolist(), sep="; ")
+        result = result.assign({key: ratio[key] for key in map("layer_{}".format, names[:2])})
         for layer in result["layer"].values:
             one = result.sel(layer=layer)
             values = [one[f"layer_{name}"] for name in names]

@@ -56,7 +56,10 @@ axes[1].annotate(
 print(f"trained-mqar-mamba2 on {LONG} tokens: growth {result['layer_growth'].sel(quantile=0.5).item():.2f},", end=" ")
 print(f"in random order {result['layer_null_order_growth'].sel(quantile=0.5).item():.2f};", end=" ")
 half_life = result["layer_half_life"].sel(quantile=0.5).item()
-print(f"a write halves in {half_life:.0f} tokens; states {result['layer_rms'].values[0, -1]:.3f}", end=" ")
+print(
+    f"at its mean step a state halves in {half_life:.0f} tokens; states {result['layer_rms'].values[0, -1]:.3f}",
+    end=" ",
+)
 print(f"after {LONG} tokens, {result['layer_rms'].values[0, 1]:.3f} after {LENGTH}")
 for length in (LENGTH, 256, 1024, LONG):
     trace, task = recorded("trained-mqar-mamba2", length, 32)

@@ -39,7 +39,8 @@ def spread(shares: Float[np.ndarray, "row source"]) -> Float[np.ndarray, " row"]
     $$\tfrac12 \sum_k |S_{r,k} - S_{r+1,k}|$$
 
     Its mean over rows is that over pairs of different rows, in expectation, and costs what the rows do. Rows that read
-    nothing are NaN and passed over; one row has no other: NaN. Source: ours.
+    nothing are NaN and passed over; one row has no other: NaN. Two rows have one pair, seen twice: no interval can be
+    taken of them. Source: ours.
 
     >>> spread(np.array([[1.0, 0.0], [np.nan, np.nan], [0.0, 1.0]])).tolist()
     [1.0, nan, 1.0]

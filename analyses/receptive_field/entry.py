@@ -18,8 +18,8 @@ JACOBIAN_ROWS, READ_OUTS, REMEMBRANCE_ROWS = 4, 4, 8
 """Rows whose derivatives are taken, random read-outs of +1 and -1 of each, and rows run without their first tokens."""
 
 
-QUERIES = 8
-"""Queries, one in each of as many equal parts of the shortest row."""
+QUERIES, FEW = 8, 8
+"""Queries, one in each of as many equal parts of the shortest row; rows below which an interval is too narrow."""
 
 
 def _of_run(run: Any, seed: int) -> xr.Dataset:
@@ -113,7 +113,15 @@ def _row(name: str, what: str, one: xr.Dataset, layer: int) -> Row:
              if (key := f"layer_null_{kind}_{base}") in one]  # fmt: skip
     nulls += [f"untrained twin {number(one[key].item())}" for key in [f"baseline_{name}"] if key in one]
     ends = (one[f"{name}_{end}"].item() for end in ("low", "high"))
-    return Row(what, number(one[name].item()), "; ".join(nulls), span(*ends), layer)
+    detail = _narrow(one[f"n_rows_{base}"].item())
+    return Row(what, number(one[name].item()), "; ".join(nulls), span(*ends), layer, detail)
+
+
+def _narrow(n_rows: int) -> str:
+    """How few rows an interval rests on, or what it cannot be taken of."""
+    if n_rows >= FEW:
+        return ""
+    return f"; {n_rows} rows: the interval is too narrow" if n_rows > 1 else f"; {n_rows} row: no interval"
 
 
 def _prefixes(name: str, one: xr.Dataset, layer: int) -> list[Row]:
@@ -138,7 +146,8 @@ def _remembered(one: xr.Dataset) -> Row:
     ends = (one[f"remembrance_{end}"].item() for end in ("low", "high"))
     null = f"another row's context {number(one['null_other_row'].item())}"
     what = f"change of the prediction without its first {one['start'].item()} tokens"
-    return Row(what, number(one["remembrance"].item()), null, span(*ends))
+    detail = _narrow(one["n_rows_remembrance"].item())
+    return Row(what, number(one["remembrance"].item()), null, span(*ends), detail=detail)
 
 
 def _sentence(result: xr.Dataset) -> str:
@@ -165,7 +174,10 @@ def _collapse(result: xr.Dataset) -> str:
     end = longer.isel(fraction=-1)
     low, high = (number(float(edge(end.values))) for edge in (np.nanmin, np.nanmax))
     ratio = low if low == high else f"{low} to {high}"
-    return f" At {end['fraction'].item():g} times the length trained on it has kept {ratio} of the pace of the length."
+    trained = result["prefix_role"].sel(fraction=1.0).item()
+    roles = " after ".join(dict.fromkeys([end["prefix_role"].item(), trained]))
+    at = f"{end['fraction'].item():g} times the length trained on"
+    return f" At {at} it has kept {ratio} of the pace of the length{f' (read at: {roles})' if roles else ''}."
 
 
 def _panels(results: Sequence[xr.Dataset]) -> tuple[Panel, ...]:
@@ -183,12 +195,14 @@ ANALYSIS = Analysis(
     reading=(
         "Mean distance: of the sources of a query, weighted by |alpha| (Mamba Mean Distance). Collapse ratio: that"
         " distance over the one at the length trained on; 1 keeps pace with the row, 1/2 at twice the length stands"
-        " still. A negative slope is recency. Profiles: shares of the sources in a query's output; two inputs of a"
-        " time-invariant mixer have the same. A global head keeps more than 5 % over the length trained on. Distance of"
-        " two tokens: 1 unrelated, 0 all alike (over-smoothed). Change of a prediction: total variation."
+        " still. Both at the asked token nearest to each length where a task asks there, else at that very token."
+        " A negative slope is recency. Profiles: shares of the sources in a query's output, the mixer's without its"
+        " skip D; two inputs of a time-invariant mixer have the same. A global head keeps more than 5 % over the length"
+        " trained on. Distance of two tokens: 1 unrelated, 0 all alike (over-smoothed). Change of a prediction: total"
+        " variation."
     ),
     of_run=_of_run,
     says=_says,
     panels=_panels,
-    notes=("left_out", "beyond", "lags", "clamp", "jacobian", "remembrance"),
+    notes=("left_out", "prefixes", "beyond", "lags", "clamp", "jacobian", "remembrance"),
 )

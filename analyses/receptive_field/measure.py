@@ -16,6 +16,8 @@ __all__ = ["measure"]
 Statistic = Callable[[np.ndarray], np.ndarray]
 CLAMPED_TOP = 0.1
 """Smallest of the three shares in LongMamba's published code, which names none of them its default."""
+PAIRED = 3
+"""Rows from which neighbouring pairs differ: of two rows both values are the one distance, and have no interval."""
 
 
 def measure(
@@ -46,7 +48,8 @@ def measure(
         lags: first and last lag (None: the longest) of the slopes; by default past the usual convolution's 4 taps.
         theta: retention above which a head is global.
         top: share of the largest steps at whose smallest delta is clamped.
-        n_bootstrap: replicates of the 95 % intervals, over rows; NaN with one row.
+        n_bootstrap: replicates of the 95 % percentile intervals, over rows: too narrow with few; NaN with one row, and
+            of spreads with two.
         seed: of the replicates and of the shuffle.
         weights, interventions: not used; refused.
         baseline: the trace of an untrained twin on the same rows, of the same layers: measured alike, without what
@@ -54,9 +57,12 @@ def measure(
 
     Returns:
         By layer, with `_low`, `_high` and nulls: mean_distance (query_token); train_mean_distance and collapse_ratio
-        (fraction of train_length: 1 keeps pace, 1/fraction stands still); global_share; mixer_spread and mixer_slope;
+        (fraction of train_length: 1 keeps pace, 1/fraction stands still; at the asked token nearest to that length
+        where a task asks there, else at that position: prefix_role, prefix_length); global_share; mixer_spread and
+        mixer_slope, of the scan without its skip D;
         block_spread and block_slope; token_distance_u and _out. layer_mixer_profile (lag) and layer_block_profile
-        (block_lag); by head: head_mean_distance, head_train_retention; remembrance and null_other_row (start).
+        (block_lag); by head: head_mean_distance, head_train_retention; n_rows_*: rows behind an interval;
+        remembrance and null_other_row (start).
 
     Raises:
         ValueError: a missing variable, tokens with gaps, a query that a row lacks, a jacobian, remembrance or baseline
@@ -103,31 +109,52 @@ class _Result:
         self.live: dict[str, str] = {}
         self.starts = np.zeros(0, dtype=int)
 
-    def _keep(self, name: str, n_rows: int, executed: Statistic, **nulls: Statistic) -> None:
-        """A statistic of how often each row is drawn, with its interval, and the nulls' without."""
-        ones = np.ones(n_rows, dtype=int)
+    def _keep(self, name: str, live: np.ndarray, executed: Statistic, **nulls: Statistic) -> None:
+        """A statistic of how often each row is drawn, with its interval, and the nulls' without; live: rows it has."""
+        ones = np.ones(len(live), dtype=int)
         self.found[name] = np.asarray(executed(ones))
-        self.found[f"{name}_low"], self.found[f"{name}_high"] = interval(executed, n_rows, self.n_bootstrap, self.seed)
+        self.found[f"n_rows_{name.removeprefix('layer_')}"] = live.sum(axis=0)
+        ends = self._ends(live, executed, PAIRED if name.endswith("_spread") else 1)
+        self.found[f"{name}_low"], self.found[f"{name}_high"] = ends
         for kind, statistic in nulls.items():
             self.found[name.replace("layer_", f"layer_{kind}_")] = np.asarray(statistic(ones))
+
+    def _ends(self, live: np.ndarray, executed: Statistic, fewest: int) -> np.ndarray:
+        """Interval of each number over the rows (the first axis of live) that have it; NaN with fewer than `fewest`."""
+        ends = np.full((2, *live.shape[1:]), np.nan)
+        for known in np.unique(live.reshape(len(live), -1), axis=1).T:
+            rows = np.flatnonzero(known)
+            if len(rows) < fewest:
+                continue
+
+            def of_known(draws: np.ndarray, rows: np.ndarray = rows) -> np.ndarray:
+                drawn = np.zeros(len(live), dtype=int)
+                drawn[rows] = draws
+                return executed(drawn)
+
+            here = (np.moveaxis(live, 0, -1) == known).all(axis=-1)
+            ends[:, here] = interval(of_known, len(rows), self.n_bootstrap, self.seed)[:, here]
+        return ends
 
     def _means(self, name: str, executed: np.ndarray, **nulls: np.ndarray) -> None:
         """Means over rows, the first axis."""
         others = {kind: _mean_of(values) for kind, values in nulls.items()}
-        self._keep(name, len(executed), _mean_of(executed), **others)
+        self._keep(name, ~np.isnan(executed), _mean_of(executed), **others)
 
     def mixer(self) -> None:
         """Distances by query and by prefix, and what the last query reads: its profile, its spread and its slope."""
-        found = rows.mixer(self.view, self.asked.at.tolist(), int(self.asked.shown[-1]), self.seed)
-        shown = np.searchsorted(self.asked.at, self.asked.shown)
+        asked, n_shown = self.asked, len(self.asked.shown)
+        queries = np.concatenate([np.tile(asked.shown, (self.view.n_rows, 1)), asked.ends], axis=1)
+        found = rows.mixer(self.view, queries, int(asked.shown[-1]), self.seed)
         by_row = {_prefix(kind): np.moveaxis(values, 1, 0) for kind, values in found.distance.items()}
         executed = by_row.pop("")
-        self._means("layer_mean_distance", executed[..., shown], **{k: v[..., shown] for k, v in by_row.items()})
-        self.found["head_mean_distance"] = found.head_distance[:, shown]
-        if self.asked.train_length is None:
+        others = {kind: values[..., :n_shown] for kind, values in by_row.items()}
+        self._means("layer_mean_distance", executed[..., :n_shown], **others)
+        self.found["head_mean_distance"] = found.head_distance[:, :n_shown]
+        if asked.train_length is None:
             self.left_out.append("train_mean_distance and collapse_ratio: no train_length= given")
         else:
-            self._prefixes({"": executed, **by_row})
+            self._prefixes({kind: values[..., n_shown:] for kind, values in {"": executed, **by_row}.items()})
         shares = {_prefix(kind): core.profile(size) for kind, size in found.size.items()}
         self.found["layer_mixer_profile"] = _profile(shares[""])
         spreads = {kind: _spreads(values) for kind, values in shares.items()}
@@ -144,21 +171,10 @@ class _Result:
         return found.transpose(2, 1, 0)
 
     def _prefixes(self, distance: dict[str, np.ndarray]) -> None:
-        at = self.asked.fractions
-        cut = {kind: np.where(at < 0, np.nan, values[..., at]) for kind, values in distance.items()}
-        whole = FRACTIONS.index(1.0)
-
-        def ratio(values: np.ndarray) -> Statistic:
-            def statistic(draws: np.ndarray) -> np.ndarray:
-                means = core.mean(values, draws)
-                trained = means[:, whole : whole + 1]
-                return means / np.where(trained > 0, trained, np.nan) / self.asked.pace
-
-            return statistic
-
-        ratios = {kind: ratio(values) for kind, values in cut.items()}
-        self._means("layer_train_mean_distance", cut.pop(""), **cut)
-        self._keep("layer_collapse_ratio", self.view.n_rows, ratios.pop(""), **ratios)
+        ratios = {kind: _pace_of(values, self.asked.lengths - 1) for kind, values in distance.items()}
+        live = _with_trained(distance[""])
+        self._means("layer_train_mean_distance", distance.pop(""), **distance)
+        self._keep("layer_collapse_ratio", live, ratios.pop(""), **ratios)
 
     def trained(self) -> None:
         """Heads that retain over the length trained on."""
@@ -173,7 +189,7 @@ class _Result:
             return lambda draws: np.mean(core.mean(values, draws) > self.asked.theta, axis=1)
 
         self.found["head_train_retention"] = clamped.mean(axis=0)
-        self._keep("layer_global_share", view.n_rows, share(clamped), null_lti=share(plain))
+        self._keep("layer_global_share", np.ones(clamped.shape[:2], dtype=bool), share(clamped), null_lti=share(plain))
 
     def tokens(self) -> None:
         """How far a layer's tokens lie from one another."""
@@ -222,7 +238,7 @@ class _Result:
                 f"baseline needs the trace's layers {self.view.layers.tolist()} and its rows and tokens; got layers "
                 f"{other.layers.tolist()}, valid {other.valid.shape}: record it on the same inputs"
             )
-        found = measure(baseline, query_tokens=self.asked.shown, **settings)
+        found = measure(_asked_as(self.view.trace, baseline), query_tokens=self.asked.shown, **settings)
         for name in [name for name in self.found if f"{name}_low" in found and name.startswith("layer_")]:
             for end in ("", "_low", "_high"):
                 self.found[f"baseline_{name}{end}"] = found[f"{name}{end}"].values
@@ -235,6 +251,30 @@ def _prefix(kind: str) -> str:
 
 def _mean_of(values: np.ndarray) -> Statistic:
     return lambda draws: core.mean(values, draws)
+
+
+def _asked_as(trace: xr.Dataset, baseline: xr.Dataset) -> xr.Dataset:
+    """The baseline, asked at the tokens where the trace is."""
+    bare = baseline.drop_vars("role", errors="ignore")
+    return bare.assign_coords(role=trace["role"].variable) if "role" in trace.coords else bare
+
+
+def _with_trained(distance: np.ndarray) -> np.ndarray:
+    """Which of (row, layer, fraction) are known, and known at the length trained on."""
+    whole = FRACTIONS.index(1.0)
+    return ~np.isnan(distance) & ~np.isnan(distance[..., whole : whole + 1])
+
+
+def _pace_of(distance: np.ndarray, alike: np.ndarray) -> Statistic:
+    """Distance (row, layer, fraction) over that at the length trained on, over the same of reading all tokens alike."""
+    whole, both = FRACTIONS.index(1.0), _with_trained(distance)
+
+    def grown(values: np.ndarray, draws: np.ndarray) -> np.ndarray:
+        here, trained = (np.where(both, of, np.nan) for of in (values, values[..., whole : whole + 1]))
+        base = core.mean(trained, draws)
+        return core.mean(here, draws) / np.where(base > 0, base, np.nan)
+
+    return lambda draws: grown(distance, draws) / grown(alike[:, None], draws)
 
 
 def _profile(shares: np.ndarray) -> np.ndarray:

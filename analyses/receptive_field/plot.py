@@ -111,7 +111,7 @@ def _profile(result: xr.Dataset, ax: Any) -> None:
             label = layer if place == 0 else None
             ax.plot(part[dim].values + 1, shares, line, color=colour, lw=width, label=label)
     for name, _, line, width in held:
-        words = {"block": "block: selection moving", "mixer": "mixer: selection frozen"}[name]
+        words = {"block": "block: selection moving", "mixer": "mixer: selection frozen,\nwithout the skip D"}[name]
         ax.plot([], [], line, color="0.3", lw=width, label=words)
     ax.set_xscale("log")
     if peak > 0:

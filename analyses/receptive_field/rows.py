@@ -1,6 +1,5 @@
 """What the trace alone says of each row: distances and sizes of hidden attention, retention, token distance."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +21,7 @@ class Mixer:
     """Rows of hidden attention, by kind (`KINDS`: executed, frozen to means, delta shuffled).
 
     Attributes:
-        distance: mean distance read (layer, row, query), mean over the heads that read something.
+        distance: mean distance read (layer, row, query), mean over the heads that read something; NaN at no token.
         head_distance: executed, by head (layer, query, head), mean over the rows where the head reads something.
         size: size of each source at one query, root of the sum of alpha^2 over heads (layer, row, source).
     """
@@ -32,25 +31,26 @@ class Mixer:
     size: dict[str, Float[np.ndarray, "layer row source"]]
 
 
-def mixer(view: Canonical, queries: Sequence[int], profiled: int, seed: int) -> Mixer:
-    """Read every row at `queries`, positions that all rows have; at one, `profiled`, the sizes of its sources too."""
-    place = (view.n_layers, view.n_rows, len(queries))
+def mixer(view: Canonical, queries: Int[np.ndarray, "row query"], profiled: int, seed: int) -> Mixer:
+    """Read every row at its `queries`, -1 for none; at one that all rows have, `profiled`, its sources' sizes too."""
+    place = (view.n_layers, *queries.shape)
     sums = {kind: np.zeros((2, *place)) for kind in KINDS}
-    heads = np.zeros((2, view.n_layers, len(queries), view.n_heads))
+    heads = np.zeros((2, view.n_layers, queries.shape[1], view.n_heads))
     size = {kind: np.zeros((*place[:2], profiled + 1)) for kind in KINDS}
     for layer, row in np.ndindex(place[:2]):
-        for block in blocks(view, layer, row, queries, seed):
+        wanted = [at for at in np.unique(queries[row]).tolist() if at >= 0]
+        for block in blocks(view, layer, row, wanted, seed):
             for kind in KINDS:
-                for query, at in enumerate(queries):
-                    alpha = block.alpha(kind, at)
+                for at in wanted:
+                    alpha, here = block.alpha(kind, at), np.flatnonzero(queries[row] == at)
                     found = statistics(alpha)["mean_distance"]
                     parts = np.stack([np.nan_to_num(found), ~np.isnan(found)])
-                    sums[kind][:, layer, row, query] += parts.sum(axis=1)
+                    sums[kind][:, layer, row, here] += parts.sum(axis=1)[:, None]
                     if kind == "executed":
-                        heads[:, layer, query, block.heads] += parts
+                        heads[:, layer, here, block.heads] += parts[:, None]
                     if at == profiled:
-                        here = size[kind][layer, row]
-                        np.hypot(here, core.norm(alpha.T), out=here)
+                        held = size[kind][layer, row]
+                        np.hypot(held, core.norm(alpha.T), out=held)
     return Mixer({kind: _ratio(*both) for kind, both in sums.items()}, _ratio(*heads), size)
 
 

@@ -58,7 +58,8 @@ def measure(
         row, query_token and sized head, with null_lti_ and null_shuffle_. closed_share, held_share, erased_share by
         head, with null_lti_. layer_*: the same by layer, `_low`, `_high` (quantiles .1, .5, .9 over heads and states
         of lyapunov, half_life and growth), layer_rms by sample_token, and layer_ess_share, of the number of states.
-        loss_by_position, loss_trend and null_shuffle_loss_trend.
+        loss_by_position; loss_trend and null_shuffle_loss_trend, within rows. half_life is at the mean step: no
+        write is followed, and what is beyond attrs["longest"] tokens was not seen.
 
     Raises:
         ValueError: a variable is missing, tokens have gaps or do not begin with the first, a split, head, number or

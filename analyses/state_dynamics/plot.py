@@ -23,10 +23,11 @@ SHARES = {
 def plot(result: xr.Dataset, ax: Any = None, *, kind: str = "decay") -> Any:
     """Draw a result of `measure`.
 
-    `decay`: half-life of the median head and state of each layer (bar: 10-90 %; box: interval over rows), beside the
-    baseline. `state`: root mean square of each layer's states against tokens read, beside the same tokens in random
-    order. `size`: effective state size, entropy form, of each layer, beside its nulls. `saturation`: shares of steps
-    that are closed, held and erased, and of heads with delta at its mean.
+    `decay`: half-life at the mean step of the median head and state of each layer (bar: 10-90 %; box: interval over
+    rows), beside the baseline, and the length of the longest row. `state`: root mean square of each layer's states
+    against tokens read, beside the same tokens in random order. `size`: effective state size, entropy form, of each
+    layer, beside its nulls. `saturation`: shares of steps that are closed, held and erased, and of heads with delta at
+    its mean.
 
     Args:
         result: Dataset from `measure`.
@@ -75,8 +76,10 @@ def _decay(result: xr.Dataset, ax: Any) -> None:
         low, high = (result[name].sel(quantile=q).values for q in (0.1, 0.9))
         ax.vlines(np.arange(len(low)) + shift, low, high, color=colour, lw=1.2, alpha=0.8)
         _mark(result, name, shift, ax, colour=colour, marker=marker, label=label)
+    longest = int(result.attrs["longest"])
+    ax.axhline(longest, color="0.6", ls=":", lw=1, zorder=0, label=f"longest row ({longest} tokens): above, not seen")
     style.layer_axis(ax, result["layer"].values)
-    ax.set_ylabel(f"half-life of a write (tokens)\nmedian, bar 10-90 %,\n{style.interval_text(result)}")
+    ax.set_ylabel(f"half-life at the mean step (tokens)\nmedian, bar 10-90 %,\n{style.interval_text(result)}")
 
 
 def _size(result: xr.Dataset, ax: Any) -> None:

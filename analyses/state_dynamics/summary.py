@@ -41,7 +41,7 @@ def summaries(view: Canonical, rows: Rows) -> dict[str, np.ndarray]:
         summary |= {name: found.pop(name) / counted[:, None] for name in ("state_mean", "state_variance", "state_rms")}
         summary |= _of_states(found, rows.kinds, statistics)
     if asked.loss is not None:
-        statistics |= _of_loss(asked, rows.samples)
+        statistics |= _of_loss(asked, len(rows.samples))
     summary |= found
     for name, statistic in statistics.items():
         summary |= _with_ends(name, statistic, view.n_rows, asked)
@@ -65,36 +65,43 @@ def _of_states(
     return summary
 
 
-def _of_loss(asked: Asked, samples: Int[np.ndarray, " sample"]) -> dict[str, Callable[[Draws], np.ndarray]]:
+def _of_loss(asked: Asked, n_samples: int) -> dict[str, Callable[[Draws], np.ndarray]]:
     generator = np.random.default_rng((asked.seed, asked.every))
-    statistics: dict[str, Callable[[Draws], np.ndarray]] = {}
-    for null in ("", "null_shuffle_"):
-        total, count = (np.zeros((len(asked.loss or ()), len(samples))) for _ in range(2))
-        for row, values in enumerate(asked.loss or ()):
-            known = np.flatnonzero(~np.isnan(values))
-            taken = values[generator.permutation(known) if null else known]
-            bucket = known // asked.every
-            inside = bucket < len(samples)
-            np.add.at(total[row], bucket[inside], taken[inside])
-            np.add.at(count[row], bucket[inside], 1)
-
-        def by_position(draws: Draws, total: np.ndarray = total, count: np.ndarray = count) -> np.ndarray:
-            return _ratio(draws @ total, draws @ count)
-
-        def trend(draws: Draws, of: Callable[[Draws], np.ndarray] = by_position) -> np.ndarray:
-            return _trend(of(draws), samples + 1 - (asked.every - 1) / 2)
-
-        statistics |= {f"{null}loss_trend": trend} | ({} if null else {"loss_by_position": by_position})
-    return statistics
+    losses = asked.loss or []
+    total, count = (np.zeros((len(losses), n_samples)) for _ in range(2))
+    lines, shuffled = (np.zeros((len(losses), 2)) for _ in range(2))
+    for row, values in enumerate(losses):
+        known = np.flatnonzero(~np.isnan(values))
+        inside = known[known // asked.every < n_samples]
+        np.add.at(total[row], inside // asked.every, values[inside])
+        np.add.at(count[row], inside // asked.every, 1)
+        lines[row] = _line(values[known], known, len(values))
+        shuffled[row] = _line(values[generator.permutation(known)], known, len(values))
+    return {
+        "loss_by_position": lambda draws: _ratio(draws @ total, draws @ count),
+        "loss_trend": lambda draws: _slope(draws @ lines),
+        "null_shuffle_loss_trend": lambda draws: _slope(draws @ shuffled),
+    }
 
 
-def _trend(loss: Float[np.ndarray, " sample"], count: Float[np.ndarray, " sample"]) -> np.ndarray:
-    """Slope of the loss per doubling of the tokens read, at the middle of each bucket, over the later half of them.
+def _slope(line: Float[np.ndarray, " both=2"]) -> Float[np.ndarray, ""]:
+    return np.asarray(line[0] / line[1] if line[1] > 0 else np.nan)
 
-    NaN with fewer than three buckets there.
+
+def _line(
+    loss: Float[np.ndarray, " known"], token: Int[np.ndarray, " known"], n_tokens: int
+) -> Float[np.ndarray, " both=2"]:
+    """A row's part in the slope of the loss per doubling of the tokens read, over its later half: sums of products and
+    of squares about the row's own means, so that rows of other lengths and losses tilt nothing.
+
+    Zeros with fewer than three losses there.
     """
-    late = count >= count[-1] / 2
-    return core.slope(loss[late], np.log2(count[late])) if late.sum() >= core.LATEST else np.asarray(np.nan)
+    late = token + 1 >= n_tokens / 2
+    if late.sum() < core.LATEST:
+        return np.zeros(2)
+    x = np.log2(token[late] + 1)
+    x -= x.mean()
+    return np.array([x @ (loss[late] - loss[late].mean()), x @ x])
 
 
 def _exponent(

@@ -308,6 +308,77 @@ def test_a_twin_is_measured_alike(recorded):
     assert result.attrs["baseline"] == trace.attrs["model"]
 
 
+def asked_at(trace, positions):
+    """The trace of a task that asks each row at its own positions."""
+    role = np.full(trace["valid"].shape, "filler", dtype=object)
+    for row, at in enumerate(positions):
+        role[row, at] = "query"
+    return trace.assign_coords(role=(("batch", "token"), role.astype(str)))
+
+
+def test_prefixes_of_a_task_end_where_it_asks(recorded):
+    """Each row at its own token and with its own length, rows that have both ends only: against the explicit matrix."""
+    _, trace, weights = recorded
+    size = np.abs(np.stack([by_impulses(trace, weights, row) for row in range(3)]))
+    lag = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
+    distance = (np.einsum("ts,rtsh->rth", lag, size) / size.sum(axis=2)).mean(axis=2)
+    given = asked_at(trace, [[12, 14, 19, 30], [20, 25], [7, 13]])
+    result = receptive_field.measure(given, train_length=TRAINED, n_bootstrap=2, baseline=trace)
+    assert result["prefix_role"].values.tolist() == ["", "query", "query", "query", ""]
+    np.testing.assert_allclose(result["prefix_length"], [np.nan, 8, (15 + 21 + 14) / 3, (31 + 26) / 2, np.nan])
+    pairs = {0.5: ([(2, 7)], [(2, 13)]), 2.0: ([(0, 30), (1, 25)], [(0, 14), (1, 20)])}
+    for fraction, (ends, trained) in pairs.items():
+        far, near = (np.mean([distance[of] for of in asked]) for asked in (ends, trained))
+        alike = np.mean([at for _, at in ends]) / np.mean([at for _, at in trained])
+        one = result.sel(fraction=fraction)
+        np.testing.assert_allclose(one["layer_collapse_ratio"], far / near / alike, rtol=1e-6)
+        np.testing.assert_allclose(one["layer_train_mean_distance"], far, rtol=1e-6)
+        assert one["n_rows_collapse_ratio"].item() == len(ends)
+    np.testing.assert_array_equal(result["baseline_layer_collapse_ratio"], result["layer_collapse_ratio"])
+    assert result["n_rows_train_mean_distance"].values[0].tolist() == [0, 1, 3, 2, 0]
+    assert result.attrs["beyond"] == "no row is asked near 0.25, 4 of train_length"
+    assert result.attrs["prefixes"].startswith("end at the asked token nearest to each length, within a factor of sqr")
+    assert result.attrs["prefixes"].endswith("rows 0.25: 0, 0.5: 1, 1: 3, 2: 2, 4: 0")
+
+
+def test_a_task_that_asks_once_is_read_at_positions_whose_roles_are_named(recorded):
+    _, trace, _ = recorded
+    plain = receptive_field.measure(trace, train_length=TRAINED, n_bootstrap=2)
+    result = receptive_field.measure(asked_at(trace, [[31], [31], [30]]), train_length=TRAINED, n_bootstrap=2)
+    np.testing.assert_array_equal(result["layer_collapse_ratio"], plain["layer_collapse_ratio"])
+    assert plain.attrs["prefixes"] == "end at the same position in every row"
+    roles = "0.25: filler; 0.5: filler; 1: filler; 2: filler, query"
+    assert result.attrs["prefixes"] == f"end at the same position in every row; roles there: {roles}"
+    assert result.attrs["beyond"] == plain.attrs["beyond"] == "rows of 32 tokens end before 4 of train_length"
+
+
+def test_two_rows_have_a_spread_and_no_interval_of_it(recorded):
+    """Both rows' values are the one distance between them, so that a bootstrap would give it as both ends."""
+    _, trace, _ = recorded
+    for n_rows, known in ((2, False), (3, True)):
+        result = receptive_field.measure(trace.isel(batch=slice(n_rows)), n_bootstrap=50)
+        ends = [result[f"layer_mixer_spread{end}"].item() for end in ("_low", "_high")]
+        assert np.isfinite(result["layer_mixer_spread"].item())
+        assert np.isfinite(ends).all() == known
+        assert np.isfinite(result["layer_mixer_slope_low"].item())
+        assert result["n_rows_mixer_spread"].item() == n_rows
+    silent = trace["C"].copy()
+    if "batch" in silent.dims:
+        silent.values[:, 0] = 0
+        result = receptive_field.measure(trace.assign(C=silent), n_bootstrap=50)
+        assert result["n_rows_mixer_spread"].item() == 2, "a row that reads nothing has no profile"
+        assert np.isnan(result["layer_mixer_spread_low"].item())
+    assert "it covers .54 with 2 rows, .67 with 3, .79 with 4" in result.attrs["interval"]
+
+
+def test_what_is_read_without_the_skip_says_so(recorded):
+    _, trace, _ = recorded
+    result = receptive_field.measure(trace, n_bootstrap=2)
+    for name in ("layer_mixer_profile", "layer_mixer_spread", "layer_null_lti_mixer_spread"):
+        assert "without the skip D" in result[name].attrs["long_name"], name
+    assert "without the skip D" in result.attrs["reduces_over"]
+
+
 def test_padding_changes_nothing():
     """Rows of unequal length, padded left: what is measured of the shared positions is that of each row alone."""
     model = language_model("mamba2")

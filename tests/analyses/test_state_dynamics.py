@@ -312,6 +312,46 @@ def test_a_loss_that_rises_has_its_slope():
     assert found["loss_trend_low"].item() <= found["loss_trend"].item() <= found["loss_trend_high"].item()
 
 
+def unequal(lengths, levels, rise=0.0):
+    """A trace whose rows end at their lengths, and their losses: each row's own level, a rise per doubling."""
+    longest = max(lengths)
+    trace = even(len(lengths), longest)
+    trace["valid"] = ("batch", "token"), np.arange(longest) < np.array(lengths)[:, None]
+    loss = np.array(levels)[:, None] + rise * np.log2(np.arange(1, longest + 1))
+    return trace, xr.Dataset({"loss": (("batch", "token"), np.where(trace["valid"], loss, np.nan))})
+
+
+def test_rows_of_unequal_length_and_flat_loss_have_no_trend():
+    """Short rows of loss 1 end among long ones of loss 2: the mean rises where they end, no row does."""
+    trace, loss = unequal([100] * 4 + [128] * 4, [1.0] * 4 + [2.0] * 4)
+    found = state_dynamics.measure(trace, loss=loss)
+    for name in ("loss_trend", "loss_trend_low", "loss_trend_high", "null_shuffle_loss_trend"):
+        assert found[name].item() == 0, name
+    late = found["loss_by_position"].values
+    assert late[-1] > late[0], "the mean by position, of the rows that reach there, does rise"
+    trace, loss = unequal([100] * 4 + [128] * 4, [1.0] * 4 + [2.0] * 4, rise=0.25)
+    assert state_dynamics.measure(trace, loss=loss)["loss_trend"].item() == pytest.approx(0.25, rel=1e-9)
+
+
+def test_a_trend_needs_three_losses_in_the_later_half_of_a_row():
+    trace, loss = unequal([64, 64], [1.0, 3.0], rise=0.5)
+    few = loss.where(np.isin(np.arange(64), [3, 40, 50]))
+    assert np.isnan(state_dynamics.measure(trace, loss=few)["loss_trend"].item())
+    more = loss.where(np.isin(np.arange(64), [3, 40, 50, 60]))
+    assert state_dynamics.measure(trace, loss=more)["loss_trend"].item() == pytest.approx(0.5, rel=1e-9)
+
+
+def test_heads_pool_tokens_and_layers_average_rows_and_both_are_said():
+    """A closed step in each of 10 tokens of one row, none of the other's 90: 1/10 pooled, 1/2 by rows."""
+    trace, _ = unequal([10, 90], [0.0, 0.0])
+    trace["delta"][0, 0] = 1e-9
+    found = state_dynamics.measure(trace, every=1, n_bootstrap=2)
+    assert found["closed_share"].item() == pytest.approx(0.1)
+    assert found["layer_closed_share"].item() == pytest.approx(0.5)
+    assert "*_share by head: tokens of all rows pooled, a longer row" in found.attrs["reduces_over"]
+    assert "other layer_*, shares too: mean over rows, each row alike" in found.attrs["reduces_over"]
+
+
 def test_a_store_gives_the_same_as_memory(recorded):
     lazy = recorded.chunk({"token": 7, recorded["x"].dims[3]: 5})
     assert isinstance(lazy["x"].data, da.Array)

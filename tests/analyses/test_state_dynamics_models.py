@@ -218,7 +218,8 @@ def test_a_run_is_said_and_drawn(trace):
     assert entry.lacks(run) == ""
     assert result.attrs["every"] == "4"
     sentence, rows = entry.says(result)
-    assert sentence.startswith("The median write halves after ")
+    assert sentence.startswith("At its mean step the median state halves after ")
+    assert {row.detail for row in rows} == {"; 4 rows: the interval is too narrow"}
     assert "its untrained twin" in sentence
     assert {row.quantity for row in rows} >= {"median half-life, tokens", "growth of the state, exponent"}
     assert all(row.value != "none" for row in rows)
@@ -229,6 +230,18 @@ def test_a_run_is_said_and_drawn(trace):
         assert ax.get_ylabel()
     plt.close(figure)
     assert set(entry.notes) <= set(result.attrs)
+
+
+def test_a_half_life_beyond_the_row_is_said_to_be():
+    given = steps(64, 2).isel(batch=[0, 0, 0])
+    result = state_dynamics.measure(given, every=4, n_bootstrap=20, baseline=given)
+    sentence, rows = analyses()["state_dynamics"].says(result)
+    assert "the median state halves after more than the row's 64 tokens in layer 0;" in sentence
+    assert (rows[0].value, rows[0].interval, rows[0].null) == (
+        "more than 64",
+        "more than 64",
+        "untrained twin more than 64",
+    )
 
 
 def steps(n_tokens, n_channels, n_states=16):
@@ -360,9 +373,8 @@ def test_every_zoo_model_is_measured_and_sane(name):
     computed = state_dynamics.measure(given.drop_vars("h"), every=4)
     for what in ("state_mean", "state_variance", "state_rms"):
         error = abs(computed[what] - found[what]).max() / abs(found[what]).max()
-        assert error < (5e-6 if given.attrs["family"] == "s4d" else 2e-6), (
-            what
-        )  # of fp32 scans; a variance has it twice
+        bound = 5e-6 if given.attrs["family"] == "s4d" else 2e-6  # of fp32 scans; a variance has it twice
+        assert error < bound, what
 
 
 @pytest.mark.long

@@ -6,8 +6,8 @@ import mamba_probe as mp
 from mamba_probe.analyses import ablation
 
 MODELS = {
-    "trained-mqar-mamba2": (mp.tasks.mqar(batch=16, length=64, n_pairs=8, vocab=256, seed=1), {}),
-    "trained-keep-mamba1-64": (mp.tasks.keep_nth(batch=16, length=64, n=5, n_tokens=16, seed=1), {"group": 4}),
+    "trained-mqar-mamba2": (mp.tasks.mqar(batch=16, length=64, n_pairs=8, vocab=256, seed=1), {"n_random": 80}),
+    "trained-keep-mamba1-64": (mp.tasks.keep_nth(batch=16, length=64, n=5, n_tokens=16, seed=1), {"group": 8}),
 }
 
 figure, panels = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")

@@ -57,6 +57,8 @@ def _effects(result: xr.Dataset, ax: Any) -> None:
     name, x = result.attrs["scored"], np.arange(result.sizes["unit"])
     ax.axhline(0.0, color="0.3", lw=0.8, zorder=0)
     value, low, high = (result[f"effect_{name}{end}"].values for end in ("", "_low", "_high"))
+    least, most = (result[f"random_{name}_{end}"].values for end in ("min", "max"))
+    ax.vlines(x, least, most, color=style.NULL, lw=5, alpha=0.35, label="their range over the sets drawn")
     ax.plot(x, result[f"random_{name}"].values, "_", color=style.NULL, ms=9, mew=2.5, label="as many random channels")
     ax.vlines(x, low, high, color=style.REAL, lw=1.5)
     needed = result[f"effect_{name}_p"].values <= 0.05

@@ -10,13 +10,14 @@ ROOT = Path(__file__).parents[2]
 CODE = """
 import sys, mamba_probe.analyses
 mamba_probe.analyses.__path__.append({folder!r})
+sys.path.append({tests!r})
 import doctest, numpy as np, pytest, mamba_probe as mp
 from mamba_probe.analyses import write_share
 from mamba_probe.analyses.common.analysis import analyses
 from mamba_probe.report import analyse, draw, finding
 from mamba_probe.run import record_task
 from mamba_probe.analyses.write_share import core
-assert doctest.testmod(core) == (0, 1)
+assert doctest.testmod(core) == (0, 2)
 run = record_task(mp.load("zoo:mqar-mamba1"), "mqar", rows=3, length=20, n_pairs=2)
 result = analyse(run, "out", names=("write_share",))["write_share"]
 delta = run.trace["delta"].values[0].astype(float)
@@ -29,13 +30,16 @@ print(finding("write_share", result).sentence)
 with pytest.raises(ValueError, match="share of the tokens"):
     write_share.measure(run.trace, top=2.0)
 assert "write_share" in analyses()
+import test_write_share as planted
+planted.test_it_is_what_a_loop_over_sorted_steps_adds()
+planted.test_equal_steps_have_the_null()
 """
 
 
 def blocks():
     page = (ROOT / "docs/adding-an-analysis.md").read_text()
-    found = re.findall(r"```python\n# (analyses/\S+)\n(.*?)```", page, re.S)
-    assert len(found) == len(re.findall("```python", page)) == 5
+    found = re.findall(r"```python\n# (\S+)\n(.*?)```", page, re.S)
+    assert len(found) == len(re.findall("```python", page)) == 6
     return dict(found)
 
 
@@ -45,9 +49,11 @@ def test_the_pages_code_is_an_analysis(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(code)
     done = subprocess.run(
-        [sys.executable, "-c", CODE.format(folder=str(tmp_path / "analyses"))],
+        [sys.executable, "-c", CODE.format(folder=str(tmp_path / "analyses"), tests=str(tmp_path / "tests/analyses"))],
         capture_output=True, text=True, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert re.match(r"The top tokens take 1 of all steps \(time-invariant 0\.1\)\.", done.stdout), done.stdout
+    assert done.stdout == (
+        "The 10% of tokens with the largest delta take 1 of the summed delta in layer 0 (time-invariant 0.1).\n"
+    )
     assert (tmp_path / "out/write_share.svg").exists()

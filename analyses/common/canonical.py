@@ -70,7 +70,7 @@ class Canonical:
     """
 
     def __init__(self, trace: xr.Dataset, *names: str):
-        require(trace, *names, "valid", "position")
+        require(trace, *dict.fromkeys(("delta", "A", *names)), "valid", "position")  # what heads and states are
         self.trace = trace
         self.constant = trace.attrs["family"] == "s4d"
         self.zoh = trace.attrs.get("discretization") == "zoh"

@@ -165,3 +165,9 @@ def test_arguments_without_use_are_refused() -> None:
     refuse("some_analysis", weights=None)
     with pytest.raises(ValueError, match=r"some_analysis\.measure does not use baseline"):
         refuse("some_analysis", weights=None, baseline=1)
+
+
+@pytest.mark.parametrize("name", ["delta", "A"])
+def test_what_heads_and_states_are_is_asked_of_every_trace(name: str) -> None:
+    with pytest.raises(ValueError, match=f"lacks `{name}`"):
+        Canonical(grouped().drop_vars(name), "B")

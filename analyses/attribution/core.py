@@ -40,7 +40,7 @@ def entropy(share: Tokens) -> Float[np.ndarray, "*place"]:
     >>> round(float(entropy(np.array([0.5, 0.5, 0.0])) / np.log(2)), 6)
     1.0
     """
-    return -np.sum(share * np.log(np.where(share > 0, share, 1.0)), axis=-1)
+    return np.asarray(-np.sum(share * np.log(np.where(share > 0, share, 1.0)), axis=-1))
 
 
 def mean_distance(share: Tokens, distance: Int[np.ndarray, "*place token"]) -> Float[np.ndarray, "*place"]:
@@ -55,7 +55,7 @@ def own_share(relevance: Tokens, own: Bool[np.ndarray, "*#place token"]) -> Floa
     0.25
     """
     share = _ratio(np.abs(np.nan_to_num(relevance)))
-    return np.where(own, share, 0.0).sum(-1) + np.where(np.isnan(share).any(-1), np.nan, 0.0)
+    return np.asarray(np.where(own, share, 0.0).sum(-1) + np.where(np.isnan(share).any(-1), np.nan, 0.0))
 
 
 def summary(

@@ -1,11 +1,12 @@
 """Zarr and netCDF stores of traces and results: one codec, exact round trips.
 
-Both stores choke on None, bool and dict attributes, so every attribute is written as JSON; strings are stored with
-variable length and come back as objects. A store appears under its name only once it is whole.
+A store appears under its name only once it is whole; one that a recording streams to (`mamba_probe.trace.stream`)
+appears at once, and gives the blocks of rows that are whole.
 """
 
 import json
 import shutil
+import warnings
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,17 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from mamba_probe.trace.blocks import whole_rows
+from mamba_probe.trace.coding import SEAL, decoded, encoded, seal_of, unsealed
 from mamba_probe.trace.contract import validate
 
-__all__ = ["check_free", "open_dataset", "open_trace", "remove", "save"]
+__all__ = ["check_free", "open_dataset", "open_trace", "remove", "save", "seal"]
 
 SUFFIXES = (".zarr", ".nc")
-PAIR = "real_imag"
-"""Last dimension of a complex variable in a store: its real and its imaginary part."""
 
 
 def save(dataset: xr.Dataset, path: str | PathLike[str], *, overwrite: bool = False) -> Path:
-    """Write a trace or a result.
+    """Write a trace or a result, with a checksum on every chunk.
 
     Args:
         dataset: any Dataset whose attributes JSON can hold.
@@ -40,16 +41,42 @@ def save(dataset: xr.Dataset, path: str | PathLike[str], *, overwrite: bool = Fa
     """
     path = check_free(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    coded = _encode(dataset)
-    partial = path.with_name(path.name + ".partial")
+    coded = encoded(dataset)
+    partial = path.with_name(f"partial.{path.name}")
     remove(partial)
     if path.suffix == ".zarr":
-        coded.to_zarr(partial, mode="w", consolidated=False)
+        from zarr.codecs import Crc32cCodec
+
+        checked = {name: {"compressors": [Crc32cCodec()]} for name in coded.variables}
+        coded.to_zarr(
+            partial, mode="w", zarr_format=3, consolidated=False, encoding=checked, write_empty_chunks=True
+        )  # fmt: skip
     else:
-        coded.to_netcdf(partial, engine="h5netcdf", format="NETCDF4")
+        checked = {name: {"fletcher32": True} for name, array in coded.variables.items() if _checkable(array)}
+        coded.to_netcdf(partial, engine="h5netcdf", format="NETCDF4", encoding=checked)
+    seal(partial)
     remove(path)
     partial.rename(path)
     return path
+
+
+def seal(path: Path) -> None:
+    """Write a store's seal, which `open_dataset` checks; a Zarr store's metadata are put together in one file."""
+    with _raw(path, consolidated=False) as coded:
+        found = seal_of(_held(coded, path))
+    if path.suffix == ".nc":
+        import h5py
+
+        with h5py.File(path, "r+") as file:
+            file.attrs[SEAL] = found
+        return
+    import zarr
+
+    group = zarr.open_group(path, mode="r+", use_consolidated=False)
+    group.attrs[SEAL] = found
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Consolidated metadata is currently not part", UserWarning)
+        zarr.consolidate_metadata(group.store)
 
 
 def check_free(path: str | PathLike[str], overwrite: bool) -> Path:
@@ -65,21 +92,22 @@ def check_free(path: str | PathLike[str], overwrite: bool) -> Path:
 
 
 def open_dataset(path: str | PathLike[str]) -> xr.Dataset:
-    """Open what `save` wrote, lazily (dask-backed).
+    """Open what `save` or a recording wrote, lazily (dask-backed).
+
+    Of a recording that was broken off, the blocks of rows that are whole, with a warning that says how many are
+    missing.
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: unknown suffix, or a damaged store.
+        ValueError: unknown suffix, or a damaged store (a chunk that is damaged is refused when it is read).
     """
     path = _checked_suffix(path)
     if not path.exists():
         raise FileNotFoundError(f"no store at {path}")
     try:
-        if path.suffix == ".zarr":
-            coded = xr.open_zarr(_guarded(path), chunks={}, consolidated=False)
-        else:
-            coded = xr.open_dataset(path, engine="h5netcdf", chunks={})
-        return _decode(coded)
+        coded = _raw(path)
+        unsealed(_held(coded, path), str(path))
+        return whole_rows(decoded(coded), path)
     except (OSError, KeyError, json.JSONDecodeError, RuntimeError) as error:
         raise ValueError(
             f"{path} cannot be read: truncated, damaged, or not written by mamba_probe ({error})"
@@ -104,19 +132,29 @@ def open_trace(path: str | PathLike[str]) -> xr.Dataset:
     return trace
 
 
-def _guarded(path: Path) -> Any:
-    """A Zarr store that refuses to read once another has taken its name: lazy arrays would change silently."""
-    from zarr.storage import LocalStore
+def _raw(path: Path, consolidated: bool | None = None) -> xr.Dataset:
+    """The Dataset as it is coded."""
+    if path.suffix == ".nc":
+        return xr.open_dataset(path, engine="h5netcdf", chunks={})
+    from mamba_probe.trace.guarded import GuardedStore
 
-    opened = path.stat().st_ino
+    root = json.loads((path / "zarr.json").read_text())
+    checked = consolidated is False or SEAL in root.get("attributes", {})
+    together = "consolidated_metadata" in root if consolidated is None else consolidated
+    return xr.open_zarr(GuardedStore(path, checked=checked), chunks={}, consolidated=together)
 
-    class GuardedStore(LocalStore):
-        async def get(self, *args: Any, **kwargs: Any) -> Any:
-            if not path.exists() or path.stat().st_ino != opened:
-                raise ValueError(f"{path} was replaced or removed since it was opened: open it again")
-            return await super().get(*args, **kwargs)
 
-    return GuardedStore(path, read_only=True)
+def _held(coded: xr.Dataset, path: Path) -> xr.Dataset:
+    """What the seal is of: in netCDF also the values of what has no checksum there, strings and single numbers."""
+    if path.suffix == ".zarr":
+        return coded
+    bare = {str(name): repr(array.values.tolist()) for name, array in coded.variables.items() if not _checkable(array)}
+    return coded.assign_attrs({f"values of {name}": text for name, text in bare.items()})
+
+
+def _checkable(array: Any) -> bool:
+    """Whether netCDF can put a checksum on it."""
+    return array.ndim > 0 and array.size > 0 and np.dtype(array.dtype).kind in "biufc"
 
 
 def _checked_suffix(path: str | PathLike[str]) -> Path:
@@ -132,48 +170,3 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     elif path.exists():
         path.unlink()
-
-
-def _encode(dataset: xr.Dataset) -> xr.Dataset:
-    """Attributes as JSON, strings as variable-length objects, complex as real pairs, no encoding left over."""
-    coded = dataset.copy()
-    coded.attrs = _json(dataset.attrs)
-    for name, variable in coded.variables.items():
-        if variable.dtype.kind in "UT":
-            coded[name] = (variable.dims, variable.values.astype(object), variable.attrs)
-        if variable.dtype.kind == "c":
-            data: Any = variable.data
-            pairs = np.stack([data.real, data.imag], axis=-1)
-            coded[name] = ((*variable.dims, PAIR), pairs, variable.attrs)
-        coded[name].attrs = _json(variable.attrs)
-    return coded.drop_encoding()
-
-
-def _json(attrs: dict[Any, Any]) -> dict[str, str]:
-    try:
-        return {name: json.dumps(value) for name, value in attrs.items()}
-    except TypeError as error:
-        raise ValueError(
-            f"an attribute cannot be stored as JSON ({error}); attributes: {sorted(map(str, attrs))}"
-        ) from error
-
-
-def _decode(coded: xr.Dataset) -> xr.Dataset:
-    dataset = coded.assign_coords({name: coord.load() for name, coord in coded.coords.items()})
-    dataset.attrs = {name: json.loads(value) for name, value in coded.attrs.items()}
-    for name, variable in dataset.variables.items():
-        attrs = {key: json.loads(value) for key, value in variable.attrs.items()}
-        if variable.dtype.kind in "TOU":
-            dataset[name] = (variable.dims, np.asarray(variable.values, dtype=object), attrs)
-        if PAIR in variable.dims:
-            data: Any = variable.data
-            pairs = data.rechunk({-1: 2})
-            dtype = np.result_type(pairs.dtype, np.complex64)
-            joined = pairs.map_blocks(lambda block, to=dtype: _joined(block, to), drop_axis=-1, dtype=dtype)
-            dataset[name] = (variable.dims[:-1], joined, attrs)
-        dataset[name].attrs = attrs
-    return dataset
-
-
-def _joined(pairs: np.ndarray, dtype: Any) -> np.ndarray:
-    return np.ascontiguousarray(pairs).view(dtype)[..., 0]

@@ -2,7 +2,7 @@
 
 import operator
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -117,6 +117,8 @@ class Emission:
 def _names(variables: Sequence[str]) -> tuple[str, ...]:
     if isinstance(variables, str):
         raise ValueError(f"`variables` must be a tuple of names; got the string {variables!r}: write ({variables!r},)")
+    if not isinstance(variables, Sequence | Set):
+        raise ValueError(f"`variables` must be a tuple of names; got {type(variables).__name__}")
     for name in variables:
         if name not in EMITTABLE:
             near = get_close_matches(str(name), EMITTABLE, n=1)

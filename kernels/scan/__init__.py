@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mamba_probe.kernels.emission import EMITTABLE, Emission, Emit
 from mamba_probe.kernels.scan import operators
-from mamba_probe.kernels.scan.arguments import formed
+from mamba_probe.kernels.scan.arguments import as_flag, formed
 from mamba_probe.kernels.scan.compiled import cpu_compile
 
 __all__ = [
@@ -121,7 +121,7 @@ def selective_scan(
     ([1.0, 2.0, 3.0], [2.0])
     """
     tensors = (x, delta, A, B, C, D, z, delta_bias, initial_state, seq_idx, log_decay)
-    options = (bool(delta_softplus), delta_limits, discretization, emit)
+    options = (as_flag(delta_softplus), delta_limits, discretization, emit)
     if torch.compiler.is_compiling():
         name = choose_backend(x.device).name if backend == "auto" else backend
         return ScanResult(*operators.scan(tensors, *options, name))

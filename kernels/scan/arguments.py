@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mamba_probe.kernels.emission import STATE_SIZED, Emit
 
-__all__ = ["TENSORS", "Arguments", "as_emit", "as_limits", "buffers", "check", "formed"]
+__all__ = ["TENSORS", "Arguments", "as_emit", "as_flag", "as_limits", "buffers", "check", "formed"]
 
 TENSORS = ("x", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state", "seq_idx", "log_decay")
 """Arguments of a scan that are tensors, in their order here."""
@@ -182,9 +182,12 @@ def formed(
 
     What depends on the form alone is checked once a form.
     """
-    options = bool(delta_softplus), as_limits(delta_limits), discretization, emit
+    options = delta_softplus, as_limits(delta_limits), discretization, emit
     key = tuple(
-        [t if t is None or not isinstance(t, Tensor) else (t.dtype, t.shape, t.stride(), t.device) for t in tensors]
+        [
+            (t.dtype, t.shape, t.stride(), t.device) if isinstance(t, Tensor) and t.layout is torch.strided else t
+            for t in tensors
+        ]
     )
     try:
         form = _forms.get((key, options))
@@ -245,6 +248,8 @@ class Kind(NamedTuple):
 def _kind(name: str, value: Tensor | None) -> Kind:
     if not isinstance(value, Tensor):
         raise ValueError(f"`{name}` must be a torch.Tensor; got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise ValueError(f"`{name}` must be dense; got a tensor of layout {value.layout}: pass {name}.to_dense()")
     return Kind(name, value.dtype, value.shape, value.device)
 
 
@@ -340,6 +345,13 @@ def _known(discretization: str) -> str:
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"unknown `discretization` {discretization!r}{hint} Known: {', '.join(DISCRETIZATIONS)}")
     return discretization
+
+
+def as_flag(flag: bool) -> bool:
+    """`delta_softplus`, which no other value stands for."""
+    if flag is not True and flag is not False:
+        raise ValueError(f"`delta_softplus` must be True or False; got {type(flag).__name__}")
+    return flag
 
 
 def as_limits(limits: tuple[float, float]) -> tuple[float, float]:

@@ -1,10 +1,11 @@
-"""What a model is run on, checked before it runs: ids, hidden states, keywords, text or a task."""
+"""What a model is run on, checked before it runs: ids, hidden states, keywords, text, a task or a corpus."""
 
+import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,14 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
+from mamba_probe.corpora import Corpus, Document, token_ids
 from mamba_probe.mixers.offload import place
 from mamba_probe.tasks import Task
 
-__all__ = ["ModelInput", "checked_input"]
+__all__ = ["CorpusInput", "ModelInput", "checked_input"]
+
+LOOKED_AT = 256
+"""Rows of a corpus among which an id out of range is looked for at once."""
 
 
 @dataclass
@@ -29,21 +34,80 @@ class ModelInput:
     """Coordinates over (batch, token)."""
     attrs: dict[str, Any] = field(default_factory=dict)
 
-    def pieces(self, batch_size: int | None) -> Iterator[dict[str, Any]]:
-        """The keywords, `batch_size` rows at a time."""
+    def spans(self, batch_size: int | None) -> list[slice]:
+        """Which rows each piece has, `batch_size` at a time.
+
+        Raises:
+            ValueError: batch_size below 1.
+        """
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size is at least 1; got {batch_size}")
         step = batch_size or self.batch
-        for start in range(0, self.batch, step):
-            rows = slice(start, start + step)
-            yield {key: value[rows] if isinstance(value, Tensor) else value for key, value in self.keywords.items()}
+        return [slice(start, min(start + step, self.batch)) for start in range(0, self.batch, step)]
 
-    def label(self, trace: xr.Dataset) -> xr.Dataset:
-        """The trace with the labels of its input."""
+    def piece(self, rows: slice) -> dict[str, Any]:
+        """The keywords of some rows."""
+        return {key: value[rows] if isinstance(value, Tensor) else value for key, value in self.keywords.items()}
+
+    def pieces(self, batch_size: int | None) -> Iterator[dict[str, Any]]:
+        """The keywords, `batch_size` rows at a time."""
+        return map(self.piece, self.spans(batch_size))
+
+    def labelled(self, rows: slice) -> dict[str, np.ndarray]:
+        """The labels of some rows."""
+        return {name: values[rows] for name, values in self.labels.items()}
+
+    def label(self, trace: xr.Dataset, first: int = 0) -> xr.Dataset:
+        """The trace of the rows from `first` on, with the labels of its input."""
         tokens = trace["token"].values if "token" in trace.coords else np.arange(self.length)
-        rows = slice(trace.sizes["batch"])  # fewer than asked for after a fault
-        coords = {name: (("batch", "token"), values[rows][:, tokens]) for name, values in self.labels.items()}
+        rows = slice(first, first + trace.sizes["batch"])  # fewer than asked for after a fault
+        coords = {name: (("batch", "token"), values[:, tokens]) for name, values in self.labelled(rows).items()}
         return trace.assign_coords(coords).assign_attrs(self.attrs)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what the model is given: of a corpus its own, else of the names, shapes and numbers of all arrays."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.keywords.items()):
+            if isinstance(value, Tensor):
+                digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+class CorpusInput(ModelInput):
+    """A corpus, read a piece at a time; `keywords` and `labels` are all of it, made when they are asked for."""
+
+    def __init__(self, corpus: Corpus, prepared: Callable[[dict[str, Any]], dict[str, Any]]):
+        self.corpus, self._prepared = corpus, prepared
+        self.batch, self.length, self.attrs = len(corpus), corpus.length, corpus.attrs
+
+    @property
+    def keywords(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The keywords of all rows."""
+        return self.piece(slice(None))
+
+    @property
+    def labels(self) -> dict[str, np.ndarray]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The labels of all rows."""
+        return self.labelled(slice(None))
+
+    @property
+    def sha256(self) -> str:
+        """The corpus's."""
+        return self.corpus.sha256
+
+    def piece(self, rows: slice) -> dict[str, Any]:
+        """The keywords of some rows; a mask where any row of the corpus has padding."""
+        found = self.corpus[rows]
+        keywords = {"input_ids": torch.from_numpy(found.ids)}
+        if self.corpus.padding_tokens:
+            keywords["attention_mask"] = torch.from_numpy(found.mask)
+        return self._prepared(keywords)
+
+    def labelled(self, rows: slice) -> dict[str, np.ndarray]:
+        """The labels of some rows."""
+        return self.corpus[rows].labels
 
 
 def checked_input(
@@ -55,7 +119,9 @@ def checked_input(
         ValueError: no input or two; an empty sequence; ids out of range; a mask of another shape; wrong dims or dtype.
     """
     if (inputs is None) == (text is None):
-        raise ValueError("pass either inputs (ids, hidden states, a dict or a Task) or text=[...], and not both")
+        raise ValueError("pass either inputs (ids, hidden states, a dict, a Task or a Corpus) or text=[...], not both")
+    if isinstance(inputs, Corpus):
+        return _from_corpus(model, inputs, attention_mask)
     if text is not None:
         given = _from_text(text, tokenizer)
         if attention_mask is not None:
@@ -67,29 +133,51 @@ def checked_input(
     else:
         given = _from_array(inputs, attention_mask)
     _check(model, width, given)
-    _fit(model, given)
-    device = place(model)
-    given.keywords = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.keywords.items()}
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        given.keywords.setdefault("use_cache", False)
+    given.keywords = _prepared(model, given.keywords)
     return given
 
 
-def _fit(model: nn.Module, given: ModelInput) -> None:
+def _from_corpus(model: nn.Module, corpus: Corpus, attention_mask: Any) -> ModelInput:
+    """Its ids and its mask are whole by construction; what is left to check is whether the model takes them."""
+    if attention_mask is not None:
+        raise ValueError("a corpus brings its own attention mask: lay it out with mp.corpus(..., layout=...)")
+    if corpus.largest_id >= _n_vocab(model, (len(corpus), corpus.length)):
+        for batch in corpus.batches(LOOKED_AT):
+            _check_ids(model, torch.from_numpy(batch.ids), batch.first)
+    if corpus.padding_tokens:
+        _prepared(model, {"attention_mask": torch.zeros(1, 1, dtype=torch.long)})
+    return CorpusInput(corpus, partial(_prepared, model))
+
+
+def _prepared(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords as the model's own forward takes them, where the model is.
+
+    Raises:
+        ValueError: the model takes no mask, and there is padding.
+    """
+    device = place(model)
+    keywords = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in _fitted(model, dict(given)).items()}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        keywords.setdefault("use_cache", False)
+    return keywords
+
+
+def _fitted(model: nn.Module, keywords: dict[str, Any]) -> dict[str, Any]:
     """The keywords by the names of the model's own forward: a mask that it does not take must mask nothing."""
     takes = inspect.signature(type(model).forward).parameters
     passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
     first = list(takes.values())[1]
     named = first.kind is first.POSITIONAL_OR_KEYWORD and (first.default is first.empty or not passes_on)
-    if "hidden_states" in given.keywords and "hidden_states" not in takes and named:
-        given.keywords[first.name] = given.keywords.pop("hidden_states")
+    if "hidden_states" in keywords and "hidden_states" not in takes and named:
+        keywords[first.name] = keywords.pop("hidden_states")
     known = takes if not passes_on else {name for part in model.modules() for name in _names(type(part))}
-    mask = None if "attention_mask" in known else given.keywords.pop("attention_mask", None)
+    mask = None if "attention_mask" in known else keywords.pop("attention_mask", None)
     if mask is not None and not mask.bool().all():
         raise ValueError(
             f"{type(model).__name__} takes no attention_mask: padding would be read as tokens. Record rows of one"
             " length at a time, without a mask"
         )
+    return keywords
 
 
 @cache
@@ -148,12 +236,10 @@ def _from_task(task: Task, attention_mask: Any) -> ModelInput:
 
 
 def _from_text(text: Sequence[str], tokenizer: Any) -> ModelInput:
-    if tokenizer is None:
-        raise ValueError("text needs tokenizer=mp.load_tokenizer(...): the one the model was trained with")
     if isinstance(text, str) or not all(isinstance(line, str) for line in text) or not text:
         raise ValueError(f"text is a non-empty list of strings; got {type(text).__name__}")
-    rows = [tokenizer(line)["input_ids"] for line in text]
-    empty = [i for i, row in enumerate(rows) if not row]
+    rows = [token_ids(Document(line, f"text {i}"), tokenizer) for i, line in enumerate(text)]
+    empty = [i for i, row in enumerate(rows) if not len(row)]
     if empty:
         raise ValueError(f"text {empty[0]} has no tokens: an empty sequence cannot be recorded")
     length = max(map(len, rows))
@@ -161,7 +247,7 @@ def _from_text(text: Sequence[str], tokenizer: Any) -> ModelInput:
     pieces = np.full((len(rows), length), "", dtype=object)
     for i, row in enumerate(rows):
         ids[i, : len(row)], mask[i, : len(row)] = row, 1
-        pieces[i, : len(row)] = tokenizer.convert_ids_to_tokens(row)
+        pieces[i, : len(row)] = tokenizer.convert_ids_to_tokens(row.tolist())
     given = _from_array(ids, mask)
     return ModelInput(given.keywords, given.batch, given.length, {"token_text": pieces})
 
@@ -190,20 +276,31 @@ def _check(model: nn.Module, width: int, given: ModelInput) -> None:
             _check_mask(value, (given.batch, given.length))
 
 
-def _check_ids(model: nn.Module, ids: Tensor) -> None:
+def _n_vocab(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """How many token ids the model knows.
+
+    Raises:
+        ValueError: it takes none.
+    """
     embedding = (part for part in model.modules() if isinstance(part, nn.Embedding))
     embed = getattr(model, "get_input_embeddings", lambda: next(embedding, None))()
     if embed is None:
         raise ValueError(
             f"{type(model).__name__} takes hidden states (batch, token, model) as floats; got integer ids of shape"
-            f" {tuple(ids.shape)}"
+            f" {shape}"
         )
-    low, high, n_vocab = int(ids.min()), int(ids.max()), len(embed.weight)
+    return len(embed.weight)
+
+
+def _check_ids(model: nn.Module, ids: Tensor, first: int = 0) -> None:
+    """`first`: the number of the first of these rows."""
+    n_vocab = _n_vocab(model, tuple(ids.shape))
+    low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= n_vocab:
         bad = low if low < 0 else high
         row, token = torch.argwhere(ids == bad)[0].tolist()
         raise ValueError(
-            f"token id {bad} at row {row}, token {token} is out of range: this model knows 0..{n_vocab - 1}."
+            f"token id {bad} at row {first + row}, token {token} is out of range: this model knows 0..{n_vocab - 1}."
             " Was the text tokenised for another model?"
         )
 

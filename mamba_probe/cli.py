@@ -12,6 +12,7 @@ from mamba_probe.cli_options import (
     BACKEND,
     BESIDE,
     LENGTH,
+    LOAD_MODELS,
     MODEL,
     OUT,
     OVERWRITE,
@@ -106,12 +107,12 @@ def record(
 def analyze(
     name: Annotated[str, typer.Argument(help="An analysis (below), several with commas between, or all.")],
     run_dir: Annotated[Path, typer.Argument(help="What `record` or `report` wrote.")],
-    out_dir: OUT, seed: SEED = 0, overwrite: OVERWRITE = False,
+    out_dir: OUT, seed: SEED = 0, overwrite: OVERWRITE = False, load_models: LOAD_MODELS = False,
 ) -> None:  # fmt: skip
     """Analyses of a recorded run: DIR/NAME.nc and its picture each, and one DIR/report.html of several.
 
     all: every analysis that the run has what it needs for; what is left out is said, with what it lacks. Some load the
-    recorded model again, from where it came, and refuse it where its weights have changed.
+    recorded model again, from where it came (see --load-models), and refuse it where its weights have changed.
 
     Examples:
 
@@ -124,7 +125,8 @@ def analyze(
 
     _quiet_transformers()
     with progress() as say:
-        run, options = Run.open(run_dir), {"names": _names(name), "seed": seed, "say": say, "overwrite": overwrite}
+        run = Run.open(run_dir, load_models=load_models)
+        options = {"names": _names(name), "seed": seed, "say": say, "overwrite": overwrite}
         wanted, _ = measurable(run, options["names"])
         results = analyse(run, out_dir, **options)
         others = analyse_beside(run, out_dir / BESIDE, **options)
@@ -153,7 +155,7 @@ def compare_command(
         str, typer.Option(help="each: every row measured by itself. refit: rows drawn and measured together; dear.")
     ] = "each",
     unpaired: Annotated[bool, typer.Option("--unpaired", help="Of other prompts each: wider intervals.")] = False,
-    seed: SEED = 0, overwrite: OVERWRITE = False,
+    seed: SEED = 0, overwrite: OVERWRITE = False, load_models: LOAD_MODELS = False,
 ) -> None:  # fmt: skip
     """What differs in a measure between runs on the same prompts, with paired intervals: models, or revisions of one.
 
@@ -174,7 +176,7 @@ def compare_command(
     check_free(out_dir / f"{name}.nc", overwrite)
     with progress() as say:
         say(f"opening {len(runs)} runs")
-        given = labelled(runs)
+        given = labelled(runs, load_models)
         say(f"measuring {name} of each")
         result = compare(
             name, given, variable=variable or None, reference=next(iter(given)), resample=resample,

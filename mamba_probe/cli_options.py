@@ -11,6 +11,7 @@ __all__ = [
     "BACKEND",
     "BESIDE",
     "LENGTH",
+    "LOAD_MODELS",
     "MODEL",
     "OUT",
     "OVERWRITE",
@@ -82,6 +83,14 @@ ANALYSES = Annotated[
     typer.Option(
         help="Analyses of the report: main (the three), all that the run has what it needs for, or names with commas"
         " between; `mamba-probe analyze --help` has them."
+    ),
+]
+LOAD_MODELS = Annotated[
+    bool,
+    typer.Option(
+        "--load-models",
+        help="Load a run's model again from the directory or hub id that the run itself names, for measures that need"
+        " it. This reads that directory, or the network. Without it only zoo:NAME and construction:KIND are loaded.",
     ),
 ]
 OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Replace what the directory holds of an earlier run.")]

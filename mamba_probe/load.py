@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mamba_probe.formats import files, placing, recognise, refuse_family
+from mamba_probe.formats.fields import refuse_counts
 from mamba_probe.formats.recipe import refuse_nonfinite
 from mamba_probe.formats.releases import warn_of_known_errors
+from mamba_probe.untrusted import inside
 
 __all__ = ["load", "load_tokenizer"]
 
@@ -80,6 +82,7 @@ def load(
     weight_files = files.find_weights(path) if path.is_dir() else [path]
     weights = files.read_weights(weight_files)
     refuse_nonfinite(weights, where)
+    refuse_counts(config or {}, len(weights), where)
     form = recognise(config, weights, where)
     if dtype is not None:
         _cast(weights, dtype, where)
@@ -227,4 +230,8 @@ def _take_over_settings(module: nn.Module, folder: Path) -> None:
     module.config.dtype = module.dtype
     settings = folder / "generation_config.json"
     if module.can_generate() and settings.is_file():
-        module.generation_config = GenerationConfig.from_dict(files.read_json(settings))
+        given = files.read_json(inside(settings, folder))
+        try:
+            module.generation_config = GenerationConfig.from_dict(given)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise ValueError(f"{settings} is no generation config: {error}; correct it or remove it.") from error

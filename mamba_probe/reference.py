@@ -9,25 +9,46 @@ from mamba_probe import constructions, zoo
 from mamba_probe.formats.files import read_json
 from mamba_probe.load import load
 from mamba_probe.trace.contract import unknown_name
+from mamba_probe.untrusted import inside
 
-__all__ = ["NONE", "card_train_length", "describe", "is_closed_form", "load_beside", "named"]
+__all__ = ["NONE", "card_train_length", "describe", "is_closed_form", "load_beside", "named", "ships"]
 
 NONE = "none"
 """What asks for no reference."""
 CLOSED = "construction:"
+ZOO = "zoo:"
 KINDS = {"mamba1": "Mamba-1", "mamba2": "Mamba-2", "s4d": "S4D"}
 LARGEST = 512
 """Token ids that a closed form is built for: with one state a key, more would be large and are tested nowhere."""
 
 
+def ships(name: Any) -> bool:
+    """Whether a model comes with the package, so that a file from anyone may name it: zoo:NAME or construction:KIND.
+
+    Example:
+        >>> ships("zoo:mqar-mamba1"), ships("owner/name")
+        (True, False)
+    """
+    return isinstance(name, str) and name.startswith((CLOSED, ZOO))
+
+
 def named(source: str) -> str | None:
     """Return what a checkpoint's card names as its reference; None without a card, or without a name in it.
+
+    Raises:
+        ValueError: the card names a folder or a hub id, which is read only if the user names it.
 
     Example:
         >>> named("zoo:mqar-mamba1") is None
         True
     """
-    return _card(source).get("beside")
+    name = _card(source).get("beside")
+    if name is not None and name != NONE and not ships(name):
+        raise ValueError(
+            f"the card of {source} names {name!r} as its reference, which does not ship with the package: pass"
+            f" --beside {name} if you mean it, or --beside {NONE}"
+        )
+    return name
 
 
 def load_beside(name: str, vocab: int) -> nn.Module:
@@ -59,23 +80,32 @@ def load_beside(name: str, vocab: int) -> nn.Module:
     return model
 
 
-def is_closed_form(name: str) -> bool:
-    """Whether a reference's weights were written down, as far as its name and card say."""
-    return name.startswith(CLOSED) or "construction" in _card(name)
+def is_closed_form(name: str, given: bool = False) -> bool:
+    """Whether a reference's weights were written down, as far as its name and card say; see `describe`."""
+    return name.startswith(CLOSED) or "construction" in _shipped_card(name, given)
 
 
-def describe(name: str) -> str:
+def describe(name: str, given: bool = False) -> str:
     """Return what a reference is, in a sentence; nothing where no card says.
+
+    Arguments:
+        name: as in `load_beside`.
+        given: whether the user named it in this process. A stored run may name any folder, and only the card of what
+            ships is read then.
 
     Example:
         >>> describe("construction:s4d")
         'A one-layer S4D language model that solves the task. Its weights are written down in closed form, not trained.'
     """
-    if name.startswith(CLOSED):
-        kind = KINDS[name.removeprefix(CLOSED)]
+    kind = KINDS.get(name.removeprefix(CLOSED)) if name.startswith(CLOSED) else None
+    if kind is not None:
         what = f"A one-layer {kind} language model that solves the task."
         return f"{what} Its weights are written down in closed form, not trained."
-    return _card(name).get("what", "")
+    return str(_shipped_card(name, given).get("what", ""))
+
+
+def _shipped_card(name: str, given: bool) -> dict[str, Any]:
+    return _card(name) if given or name.startswith(ZOO) else {}
 
 
 def card_train_length(source: str) -> int | None:
@@ -90,6 +120,6 @@ def card_train_length(source: str) -> int | None:
 
 
 def _card(source: str) -> dict[str, Any]:
-    folder = zoo.path(source.removeprefix("zoo:")) if source.startswith("zoo:") else Path(source)
+    folder = zoo.path(source.removeprefix(ZOO)) if source.startswith(ZOO) else Path(source)
     path = folder / "card.json"
-    return read_json(path) if path.is_file() else {}
+    return read_json(inside(path, folder)) if path.is_file() else {}

@@ -20,16 +20,17 @@ import torch
 import xarray as xr
 from torch import nn
 
-from mamba_probe import blocks, provenance, tasks
+from mamba_probe import again, blocks, provenance, tasks
 from mamba_probe.edits import ablate, freeze
-from mamba_probe.load import load
 from mamba_probe.mixers.offload import place
 from mamba_probe.probe import Probe, attach
-from mamba_probe.reference import card_train_length, load_beside
+from mamba_probe.reference import card_train_length
 from mamba_probe.tasks import Task
 from mamba_probe.trace.contract import unknown_name
 from mamba_probe.trace.schema import DEFAULT_VARIABLES
 from mamba_probe.trace.store import open_dataset, open_trace, remove, save
+from mamba_probe.trace.untrusted import loaded
+from mamba_probe.untrusted import inside
 
 __all__ = [
     "BESIDE",
@@ -67,6 +68,8 @@ class Run:
     beside: "Run | None" = None
     model: nn.Module | None = field(default=None, repr=False)
     """The model itself where this run was recorded in this process; it is not stored."""
+    load_models: bool = False
+    """Whether the user said that the folders and hub ids which this run names may be read."""
 
     @property
     def task(self) -> Task | None:
@@ -108,13 +111,14 @@ class Run:
 
     @contextmanager
     def probe(self) -> Iterator[Probe]:
-        """The model that was recorded, with a probe attached: at hand, or loaded again from where the trace says.
+        """The model that was recorded, with a probe attached: at hand, or loaded again from where the trace says, which
+        for other than the zoo and the constructions takes `load_models`.
 
         Raises:
-            ValueError: it cannot be loaded from there, or its weights are no longer those that were recorded.
+            ValueError: it may not or cannot be loaded from there, or its weights are no longer those recorded.
         """
         attrs = self.trace.attrs
-        model = self.model if self.model is not None else _again(attrs)
+        model = self.model if self.model is not None else again.load_again(attrs, self.load_models)
         found = provenance.of_model(model)["model_hash"]
         if found != attrs["model_hash"]:
             raise ValueError(
@@ -125,10 +129,8 @@ class Run:
             yield probe
 
     def lacks_model(self) -> str:
-        """What is missing for `probe`, in words; nothing where the model is at hand or its place is on record."""
-        if self.model is not None or self.trace.attrs.get("loaded_from"):
-            return ""
-        return "the model, which was not loaded by name or path: analyse it in the process that recorded it"
+        """What is missing for `probe`, in words; nothing where the model is at hand, or on record and allowed."""
+        return "" if self.model is not None else again.lacks(self.trace.attrs, self.load_models)
 
     def save(self, directory: str | PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the stores.
@@ -156,21 +158,31 @@ class Run:
         }  # fmt: skip
 
     @classmethod
-    def open(cls, directory: str | PathLike[str]) -> "Run":
+    def open(cls, directory: str | PathLike[str], *, load_models: bool = False) -> "Run":
         """Open what `save` wrote, lazily.
+
+        Args:
+            directory: may be a stranger's: no store in it may be a link to elsewhere.
+            load_models: let `probe` load a model from the folder or hub id that the run names. Without it only what
+                ships with the package is loaded: zoo:NAME and construction:KIND.
 
         Raises:
             FileNotFoundError: no run there.
+            ValueError: a store is damaged, or leads out of the directory.
         """
         directory = Path(directory)
         if not (directory / "trace.zarr").exists():
             raise FileNotFoundError(f"{directory} holds no run (no trace.zarr): make one with `mamba-probe record`")
-        twin_weights = _optional(directory / "twin_weights.nc")
-        twin = None if twin_weights is None else (open_trace(directory / "twin.zarr"), twin_weights)
-        beside = cls.open(directory / BESIDE) if (directory / BESIDE).exists() else None
+        twin_weights = _optional(directory, "twin_weights.nc")
+        twin = None if twin_weights is None else (open_trace(inside(directory / "twin.zarr", directory)), twin_weights)
+        below = inside(directory / BESIDE, directory)
+        beside = cls.open(below, load_models=load_models) if below.exists() else None
+        trace, weights, parity = (
+            inside(directory / name, directory) for name in ("trace.zarr", "weights.nc", "parity.nc")
+        )
         return cls(
-            open_trace(directory / "trace.zarr"), open_dataset(directory / "weights.nc"),
-            open_dataset(directory / "parity.nc").load(), _optional(directory / "interventions.nc"), twin, beside,
+            open_trace(trace), open_dataset(weights), loaded(open_dataset(parity)),
+            _optional(directory, "interventions.nc"), twin, beside, load_models=load_models,
         )  # fmt: skip
 
 
@@ -316,19 +328,9 @@ def randomised_twin(model: nn.Module, seed: int = 0) -> nn.Module:
     return twin.to(device=place(model), dtype=next(model.parameters()).dtype)
 
 
-def _again(attrs: Mapping[str, Any]) -> nn.Module:
-    """Load the model of a trace once more, as it was loaded."""
-    if not attrs.get("loaded_from"):
-        raise ValueError(f"{attrs['model']} was not loaded by name or path, so it cannot be loaded again")
-    given = json.loads(attrs["loaded_from"])
-    if "vocab" in given:
-        return load_beside(given["source"], given["vocab"])
-    dtype = given["dtype"] and getattr(torch, given["dtype"])
-    return load(given["source"], revision=given["revision"], dtype=dtype)
-
-
-def _optional(path: Path) -> xr.Dataset | None:
-    return open_dataset(path).load() if path.exists() else None
+def _optional(directory: Path, name: str) -> xr.Dataset | None:
+    path = inside(directory / name, directory)
+    return loaded(open_dataset(path)) if path.exists() else None
 
 
 def vocabulary(model: nn.Module) -> int:

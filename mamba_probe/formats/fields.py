@@ -1,10 +1,39 @@
 """Fields of foreign configs: known or unknown, representable or not, renamed to transformers' names."""
 
+import re
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-__all__ = ["refuse_unknown", "refuse_values", "rename", "whole"]
+__all__ = ["MOST_LAYERS", "refuse_counts", "refuse_unknown", "refuse_values", "rename", "whole"]
+
+MOST_LAYERS = 1024
+"""Layers that a config may name beyond the tensors it has: a module is built for each before shapes are compared."""
+MOST = 1 << 24
+"""Greatest size that a config may name: products of two, which the shapes of weights are, stay whole numbers."""
+_COUNT = re.compile(r"(^|_)(layers?|blocks|depth)$")
+
+
+def refuse_counts(config: Mapping[str, Any], n_tensors: int, where: str) -> None:
+    """Refuse a number of layers or blocks that the weights cannot be those of, before a module is built for each.
+
+    Source: ours. Every layer has a tensor; a bare mixer's config may name the few layers of the model it is from.
+
+    Raises:
+        ValueError: a field ending in layer, layers, blocks or depth, in the config or in an object of it, exceeds both
+            the number of tensors and `MOST_LAYERS`.
+
+    Example:
+        >>> refuse_counts({"num_hidden_layers": 10**9}, 12, "here")
+        Traceback (most recent call last):
+        ...
+        ValueError: here: config.json: num_hidden_layers=1000000000, but the weights are 12 tensors.
+    """
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            refuse_counts(value, n_tensors, where)
+        elif _COUNT.search(str(name)) and isinstance(value, int) and value > max(n_tensors, MOST_LAYERS):
+            raise ValueError(f"{where}: config.json: {name}={value}, but the weights are {n_tensors} tensors.")
 
 
 def refuse_unknown(given: Mapping[str, Any], known: Collection[str], where: str, prefix: str = "") -> None:
@@ -19,7 +48,7 @@ def refuse_unknown(given: Mapping[str, Any], known: Collection[str], where: str,
         prefix: what stands before the names in messages, e.g. "ssm_cfg.".
 
     Raises:
-        ValueError: a field is unknown; the nearest is named.
+        ValueError: a field is unknown (the nearest is named), or `given` is no dictionary.
 
     Example:
         >>> refuse_unknown({"d_staet": 4}, ["d_state"], "here")
@@ -27,6 +56,8 @@ def refuse_unknown(given: Mapping[str, Any], known: Collection[str], where: str,
         ...
         ValueError: here: config.json: d_staet is unknown; did you mean d_state?
     """
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where}: config.json: {prefix.rstrip('.')} must be a dictionary, got {given!r}.")
     for name in given:
         if name not in known:
             near = get_close_matches(name, known, n=1)
@@ -81,12 +112,12 @@ def rename(given: Mapping[str, Any], table: Mapping[str, str], default: Mapping[
 
 
 def whole(name: str, value: Any, where: str) -> int:
-    """A whole number >= 1.
+    """A whole number >= 1, and no larger than any size of a model is.
 
     Source: ours.
 
     Raises:
-        ValueError: `value` is none.
+        ValueError: `value` is none, or above `MOST`.
 
     Example:
         >>> whole("d_model", 8, "here")
@@ -94,4 +125,6 @@ def whole(name: str, value: Any, where: str) -> int:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{where}: config.json: {name} must be a whole number >= 1, got {value!r}.")
+    if value > MOST:
+        raise ValueError(f"{where}: config.json: {name} is at most {MOST}, got {value}.")
     return value

@@ -38,6 +38,9 @@ STEMS = {
 }  # fmt: skip
 """Value of `model_type` -> what the names of transformers' classes start with."""
 
+MOST_SPARE = 1 << 26
+"""Parameters that a config may name beyond twice those of the file, so that small mistakes are named one by one."""
+
 
 @dataclass(frozen=True)
 class Pretrained:
@@ -61,6 +64,7 @@ class Pretrained:
         Raises:
             ValueError: names are missing or unexpected, or shapes differ: all are listed.
         """
+        self._refuse_sizes(where)
         try:
             module, report = self.kind.from_pretrained(
                 None,
@@ -78,6 +82,25 @@ class Pretrained:
             raise ValueError(f"{where}: the weights do not fit {self.kind.__name__}:\n  " + "\n  ".join(problems))
         _refuse_other_head(module, where)
         return module
+
+    def _refuse_sizes(self, where: str) -> None:
+        """transformers makes room for every shape of the config first, and compares them with the file's then."""
+        try:
+            with torch.device("meta"):
+                wanted = sum(parameter.numel() for parameter in self.kind(self.config).parameters())
+        except (
+            RuntimeError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            ArithmeticError,
+            AssertionError,
+        ) as error:
+            raise ValueError(f"{where}: config.json is not one of {self.kind.__name__}: {error}") from error
+        held = sum(tensor.numel() for tensor in self.weights.values())
+        if wanted > 2 * held + MOST_SPARE:
+            raise ValueError(f"{where}: config.json is of {wanted:,} parameters, but the weights have {held:,}.")
 
 
 def _problems(report: Mapping[str, Any]) -> list[str]:

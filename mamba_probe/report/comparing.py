@@ -16,10 +16,10 @@ from mamba_probe.run import Run
 __all__ = ["caution", "differences", "draw_comparison", "labelled"]
 
 
-def labelled(given: Sequence[str]) -> dict[str | float, Run]:
+def labelled(given: Sequence[str], load_models: bool = False) -> dict[str | float, Run]:
     """Runs by label: LABEL=DIR, or DIR alone by its own name; labels that are all numbers are numbers.
 
-    The model of each is loaded once.
+    The model of each is loaded once, if it ships or `load_models` says so.
 
     Raises:
         ValueError: one label twice.
@@ -32,7 +32,7 @@ def labelled(given: Sequence[str]) -> dict[str | float, Run]:
         label = name if None in numbers or value is None else value
         if label in runs:
             raise ValueError(f"two runs have the label {label!r}: name them, as in first=DIR second=DIR")
-        run = Run.open(folder)
+        run = Run.open(folder, load_models=load_models)
         runs[label] = run if run.lacks_model() else run.with_model()
     return runs
 

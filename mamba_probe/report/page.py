@@ -57,14 +57,14 @@ def _beside(run: Run) -> dict[str, str] | None:
     if run.beside is None:
         return None
     own, trace = run.trace, run.beside.trace
-    name = trace.attrs["model"]
+    name, given = str(trace.attrs["model"]), run.beside.model is not None
     same = np.array_equal(own["token_id"].values, trace["token_id"].values)
     alike = "other rows, drawn alike from its own vocabulary"
     return {
         "name": name,
-        "what": describe(name),
+        "what": describe(name, given),
         "rows": "the same rows" if same else f"{alike}: {_subject(trace)}",
-        "column": "construction" if is_closed_form(name) else "beside it",
+        "column": "construction" if is_closed_form(name, given) else "beside it",
         "layer": "the only layer" if trace.sizes["layer"] == 1 else "the layer of the same number",
     }
 

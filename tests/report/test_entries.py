@@ -46,7 +46,7 @@ def stored(request, model, tmp_path_factory):
     task, folder = TASKS[request.param](), tmp_path_factory.mktemp("run")
     live = record_given(mp.load(model), task, train_length=12)
     live.save(folder)
-    return task, live, Run.open(folder), folder
+    return task, live, Run.open(folder, load_models=True), folder
 
 
 def test_every_folder_with_an_entry_is_an_analysis_and_says_what_it_is():
@@ -128,7 +128,7 @@ def test_a_model_that_was_brought_live_is_gone_with_its_process(model):
 def test_it_is_loaded_again_as_it_was_loaded(model):
     run = record_given(mp.load(model, dtype=torch.float64), TASKS["mqar"]())
     assert json.loads(run.trace.attrs["loaded_from"])["dtype"] == "float64"
-    with replace(run, model=None).probe() as probe:
+    with replace(run, model=None, load_models=True).probe() as probe:
         assert next(probe.model.parameters()).dtype == torch.float64
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mamba_probe.formats.fields import whole
 from mamba_probe.formats.recipe import Recipe
 
 __all__ = ["EMBEDDING", "HEAD", "agree", "build", "class_names", "configure", "language_model"]
@@ -81,7 +82,7 @@ def configure(model_type: str, values: Mapping[str, Any], where: str) -> Any:
     from huggingface_hub.errors import StrictDataclassError
 
     for name in _SIZES[model_type]:
-        _refuse_size(name, values.get(name, 1), where)
+        whole(name, values.get(name, 1), where)
     try:
         config = getattr(transformers, f"{_STEM[model_type]}Config")(**values)
     except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
@@ -90,17 +91,13 @@ def configure(model_type: str, values: Mapping[str, Any], where: str) -> Any:
     return config
 
 
-def _refuse_size(name: str, value: Any, where: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{where}: config.json: {name} must be a whole number >= 1, got {value!r}.")
-
-
 def _refuse_contradictions(model_type: str, config: Any, where: str) -> None:
     from transformers.activations import ACT2FN
 
     if config.hidden_act not in ACT2FN:
         raise ValueError(f"{where}: config.json: hidden_act {config.hidden_act!r} is no activation of transformers.")
-    _refuse_size("time_step_rank", config.time_step_rank, where)
+    whole("time_step_rank", config.time_step_rank, where)
+    whole("expand * hidden_size", config.expand * config.hidden_size, where)
     if model_type == "mamba2" and config.num_heads % config.n_groups:
         raise ValueError(
             f"{where}: config.json: num_heads must be a multiple of n_groups, got {config.num_heads} heads "

@@ -11,6 +11,11 @@ from torch import Tensor, nn
 
 __all__ = ["Recipe", "refuse_nonfinite"]
 
+_ANY_DTYPE = (
+    "A_log", "D", "dt_bias", "kernel.C", "kernel.log_dt", "kernel.log_A_real", "kernel.A_imag",
+)  # fmt: skip
+"""What a scan widens itself, so that a checkpoint may keep it wider than the layers around it."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -39,13 +44,14 @@ class Recipe:
         """Assign every weight and return the module.
 
         Raises:
-            ValueError: names are missing or unexpected, or shapes differ: all are listed.
+            ValueError: names are missing or unexpected, or shapes differ: all are listed; or layers of several dtypes.
         """
         wanted = {name: tensor for name, tensor in self.module.state_dict().items() if name not in self.tied}
         problems = _differences(wanted, self.weights)
         if problems:
             kind = type(self.module).__name__
             raise ValueError(f"{where}: the weights do not fit {kind}:\n  " + "\n  ".join(problems))
+        _refuse_mixed(self.weights, where)
         self.module.load_state_dict(self.weights, assign=True, strict=False)  # compared above, tied names apart
         for name, source in self.tied.items():
             owner, _, leaf = name.rpartition(".")
@@ -54,6 +60,14 @@ class Recipe:
         if empty:
             raise ValueError(f"{where}: no data for {', '.join(empty)}.")
         return self.module
+
+
+def _refuse_mixed(weights: Mapping[str, Tensor], where: str) -> None:
+    """torch multiplies no matrices of two dtypes."""
+    first = {tensor.dtype: name for name, tensor in weights.items() if not name.endswith(_ANY_DTYPE)}
+    if len(first) > 1:
+        found = ", ".join(f"{name} is {dtype}" for dtype, name in first.items())
+        raise ValueError(f"{where}: the layers' weights are of several dtypes: {found}. Pass dtype=torch.float32.")
 
 
 def _differences(wanted: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> list[str]:

@@ -137,7 +137,7 @@ def convert(config: Mapping[str, Any], weights: dict[str, Tensor], where: str) -
 
 
 def _family(layer: Any, where: str) -> str:
-    if layer not in _LAYERS:
+    if not isinstance(layer, str) or layer not in _LAYERS:
         raise ValueError(
             f"{where}: config.json: ssm_cfg.layer {layer!r} is not supported; supported are {sorted(_LAYERS)}."
         )

@@ -108,7 +108,7 @@ def _warn_of_residual(fields: Mapping[str, Any], weights: Mapping[str, Tensor], 
 
 
 def _layers(config: Mapping[str, Any], where: str) -> list[int]:
-    layers, count = config.get("attn_layer_idx") or [], config["n_layer"]
+    layers, count = config.get("attn_layer_idx") or [], whole("n_layer", config["n_layer"], where)
     if not isinstance(layers, list) or not all(isinstance(one, int) and 0 <= one < count for one in layers):
         raise ValueError(f"{where}: config.json: attn_layer_idx must list layers 0 to {count - 1}, got {layers!r}.")
     return layers

@@ -20,6 +20,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mamba_probe.formats import state_spaces
@@ -48,6 +49,16 @@ _OTHER = (
 )
 
 
+class LastNorm(nn.LayerNorm):
+    """The LayerNorm at the end, of a residual that is wider than its weights where `residual_in_fp32` says so."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """In float32 at least, given back in the weights' dtype."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        made = F.layer_norm(input.to(wide), self.normalized_shape, self.weight.to(wide), self.bias.to(wide), self.eps)
+        return made.to(self.weight.dtype)
+
+
 def matches(config: Mapping[str, Any], keys: Collection[str]) -> bool:
     """Whether the embedding has zoology's name.
 
@@ -73,7 +84,7 @@ def convert(config: Mapping[str, Any], weights: dict[str, Tensor], where: str) -
         >>> config = {"d_model": 8, "n_layers": 1, "vocab_size": 8, "max_position_embeddings": 0,
         ...           "block_type": "MambaBlock", "sequence_mixer": mixer}
         >>> type(convert(config, {}, "here").module.backbone.norm_f).__name__
-        'LayerNorm'
+        'LastNorm'
     """
     refuse_unknown(config, (*_ONLY, *_OTHER), where)
     full = {"max_position_embeddings": 64, "block_type": "TransformerBlock", "n_layers": 2, "d_model": 128, **config}
@@ -91,7 +102,7 @@ def convert(config: Mapping[str, Any], weights: dict[str, Tensor], where: str) -
     named = {_RENAMED.get(name, name): tensor for name, tensor in weights.items()}
     recipe = language_model(configure(family, fields, where), named, where)
     with torch.device("meta"):
-        norm = nn.LayerNorm(original["d_model"], eps=full.get("layer_norm_epsilon", 1e-5))
+        norm = LastNorm(original["d_model"], eps=full.get("layer_norm_epsilon", 1e-5))
     recipe.module.backbone.norm_f = norm  # type: ignore[union-attr]
     return recipe
 
@@ -103,4 +114,7 @@ def _options(config: Mapping[str, Any], layer: str, where: str) -> dict[str, Any
             f"{where}: config.json: sequence_mixer of a {config['block_type']} must be {_MIXERS[layer]!r} with its "
             f"kwargs, got {mixer!r}."
         )
-    return {name: value for name, value in (mixer.get("kwargs") or {}).items() if name not in _ABSORBED}
+    options = mixer.get("kwargs") or {}
+    if not isinstance(options, Mapping):
+        raise ValueError(f"{where}: config.json: kwargs of the sequence_mixer must be a dictionary, got {options!r}.")
+    return {name: value for name, value in options.items() if name not in _ABSORBED}

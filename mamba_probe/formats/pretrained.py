@@ -81,6 +81,8 @@ class Pretrained:
         if problems:
             raise ValueError(f"{where}: the weights do not fit {self.kind.__name__}:\n  " + "\n  ".join(problems))
         _refuse_other_head(module, where)
+        if module.dtype == torch.float64 and getattr(module, "_can_set_experts_implementation", bool)():
+            module.set_experts_implementation("eager")  # torch's grouped product, the default, has no float64
         return module
 
     def _refuse_sizes(self, where: str) -> None:

@@ -22,11 +22,13 @@ from mamba_probe.edits import ablate, assign, clamp, freeze, scale, swap, zero  
 from mamba_probe.load import load, load_tokenizer  # noqa: E402
 from mamba_probe.probe import Probe, attach, detach  # noqa: E402
 from mamba_probe.recorder import Recorder  # noqa: E402
+from mamba_probe.to_store import shard  # noqa: E402
 from mamba_probe.trace import open_trace  # noqa: E402
 
 __all__ = [
     "Probe", "Recorder", "ablate", "assign", "attach", "blocks", "clamp", "compare", "constructions", "detach",
-    "freeze", "load", "load_tokenizer", "open_trace", "patching", "scale", "swap", "tasks", "zero", "zoo",
+    "freeze", "load", "load_tokenizer", "open_trace", "patching", "scale", "shard", "swap", "tasks", "zero",
+    "zoo",
 ]  # fmt: skip
 
 __version__ = "0.1.0"

@@ -4,11 +4,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from mamba_probe.recorder import Plan
 
-__all__ = ["Estimate", "estimate", "readable"]
+__all__ = ["Estimate", "estimate", "layout_of", "readable"]
 
 COMPLEX = ("A", "B", "C", "A_bar", "B_bar", "h")
 """Variables that S4D holds as complex numbers."""
@@ -52,6 +53,17 @@ def estimate(plan: Plan, rows: int, tokens: int, dtype: torch.dtype, width: int)
         dtype: of the model's weights.
         width: features of the model.
     """
+    found = {}
+    for name in plan.variables:
+        shape, kind = layout_of(plan, name, rows, tokens, dtype, width)
+        found[name] = math.prod(shape) * kind.itemsize
+    return Estimate(found, len(plan.layers), rows, tokens)
+
+
+def layout_of(
+    plan: Plan, name: str, rows: int, tokens: int, dtype: torch.dtype, width: int
+) -> tuple[tuple[int, ...], np.dtype]:
+    """The shape and the dtype that a variable of the plan will have in the trace; see `estimate`."""
     kept, heads = (len(every) if every is not None else whole for every, whole in (
         (plan.tokens, tokens), (plan.channels, plan.sizes.n_heads)))  # fmt: skip
     sizes = plan.sizes
@@ -60,13 +72,10 @@ def estimate(plan: Plan, rows: int, tokens: int, dtype: torch.dtype, width: int)
         "head_channel": sizes.head_channels, "group": sizes.n_groups, "state": sizes.n_states,
         "direction": len(sizes.directions),
     }  # fmt: skip
-    real = 8 if dtype == torch.float64 else 4
-    found = {}
-    for name in plan.variables:
-        is_complex = sizes.family == "s4d" and name in COMPLEX
-        size = 8 if name == "delta_cumsum" else real * (2 if is_complex else 1)
-        found[name] = size * math.prod(extent[dim] for dim in sizes.dims(name))
-    return Estimate(found, len(plan.layers), rows, tokens)
+    wide = dtype == torch.float64 or name == "delta_cumsum"
+    is_complex = sizes.family == "s4d" and name in COMPLEX
+    kind = ("complex128" if wide else "complex64") if is_complex else ("float64" if wide else "float32")
+    return tuple(extent[dim] for dim in sizes.dims(name)), np.dtype(kind)
 
 
 def readable(n_byte: int) -> str:

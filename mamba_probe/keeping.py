@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["IN_FLIGHT", "KEEPS", "PARCEL", "Courier", "Kept", "widened"]
+__all__ = ["IN_FLIGHT", "KEEPS", "PARCEL", "Courier", "Kept", "host_like", "widened"]
 
 KEEPS = ("host", "device")
 
@@ -33,6 +33,12 @@ def widened(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def host_like(whole: Tensor, n_layer: int) -> Tensor:
+    """Host memory for `n_layer` layers of a variable, page-locked where they come from a GPU; `whole` (layer, ...)."""
+    pinned = whole.device.type == "cuda"
+    return torch.empty((n_layer, *whole.shape[1:]), dtype=widened(whole.dtype), device="cpu", pin_memory=pinned)
+
+
 class Courier:
     """Copies tensors to the host beside the model's own work."""
 
@@ -42,15 +48,15 @@ class Courier:
         self._under_way: deque[tuple[torch.cuda.Event, Tensor, Tensor]] = deque()
         self._bytes = 0
 
-    def send(self, target: Tensor, source: Tensor) -> None:
-        """Copy `source` into `target` on the host; from a GPU it arrives later, see `wait`.
+    def send(self, target: Tensor, source: Tensor) -> torch.cuda.Event | None:
+        """Copy `source` into `target` on the host; from a GPU it arrives later: at the event, see `wait`.
 
         Nothing may write to the source any more.
         """
         device = source.device
         if device.type != "cuda":
             target.copy_(source)
-            return
+            return None
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
         stream = self._streams[device]
@@ -63,6 +69,7 @@ class Courier:
         self._bytes += source.nbytes
         while self._bytes > self._in_flight and len(self._under_way) > 1:
             self._arrive()
+        return arrived
 
     def wait(self) -> None:
         """Until everything sent has arrived."""
@@ -100,6 +107,9 @@ class _Parcel:
 
 class Kept:
     """The tensors (batch, token, ...) of one model call, by layer and variable."""
+
+    posted = False
+    """Whether they leave for somewhere else, and cannot be taken from here."""
 
     def __init__(self, layers: Sequence[int], courier: Courier, keep: str):
         self._place = {layer: at for at, layer in enumerate(layers)}
@@ -173,6 +183,5 @@ class Kept:
 
     def _send(self, name: str, first: int, whole: Tensor) -> None:
         if name not in self._stacks:
-            shape, pinned = (len(self._place), *whole.shape[1:]), whole.device.type == "cuda"
-            self._stacks[name] = torch.empty(shape, dtype=widened(whole.dtype), device="cpu", pin_memory=pinned)
+            self._stacks[name] = host_like(whole, len(self._place))
         self._courier.send(self._stacks[name][first : first + len(whole)], whole)

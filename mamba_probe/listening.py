@@ -45,15 +45,17 @@ def listening(model: nn.Module, taps: Mapping[int, Tap], recorder: Recorder) -> 
         model.register_forward_pre_hook(untraced(begin), with_kwargs=True),
         model.register_forward_hook(untraced(end), always_call=True),
     ]
+    whole = False
     try:
         listen(taps, UntracedListener(recorder))
         with heard(model, recorder.generating):
             yield
+        whole = True
     finally:
         listen(taps, None)
         for handle in handles:
             handle.remove()
-        recorder.close()
+        recorder.close(whole)
 
 
 @contextmanager

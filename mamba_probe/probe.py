@@ -1,11 +1,13 @@
 """The probe: attach to a live model, record, edit, compare, detach."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xarray as xr
 from torch import nn
@@ -16,7 +18,7 @@ from mamba_probe.associating import associating
 from mamba_probe.attaching import check_free_to_attach, chosen_backend, torch_model
 from mamba_probe.estimate import Estimate, estimate
 from mamba_probe.experiments import Experiments
-from mamba_probe.inputs import checked_input
+from mamba_probe.inputs import ModelInput, checked_input
 from mamba_probe.jacobian import measure_jacobian
 from mamba_probe.keeping import KEEPS
 from mamba_probe.listening import kept, listen, listening
@@ -25,12 +27,15 @@ from mamba_probe.mixers import Tap, find_mixers
 from mamba_probe.mixers.offload import place
 from mamba_probe.parity import measure_parity
 from mamba_probe.planning import checked_plan, grouped
+from mamba_probe.progress import bar
 from mamba_probe.recorder import Plan, Recorder
 from mamba_probe.relevance import perturbed, relevance
 from mamba_probe.remembrance import remembrance
+from mamba_probe.streaming import GrowingSink, StreamSink
+from mamba_probe.to_store import Storing, check_fits, identity_of, stream, template
 from mamba_probe.trace.contract import unknown_name
 from mamba_probe.trace.schema import DEFAULT_VARIABLES
-from mamba_probe.trace.store import check_free
+from mamba_probe.trace.store import check_free, check_suffix
 from mamba_probe.weights import read_statics, read_weights
 
 __all__ = ["Probe", "attach", "detach"]
@@ -194,7 +199,9 @@ class Probe(Experiments):
         self, inputs: Any = None, attention_mask: Any = None, *, text: Sequence[str] | None = None,
         tokenizer: Any = None, variables: Sequence[str] = DEFAULT_VARIABLES, layers: Sequence[int] | None = None,
         tokens: Sequence[int] | None = None, channels: Sequence[int] | None = None, batch_size: int | None = None,
-        store: str | PathLike[str] | None = None, overwrite: bool = False,
+        store: str | PathLike[str] | None = None, overwrite: bool = False, resume: bool = False,
+        max_memory: int | str | None = None, compress: str | None = None, narrow: Mapping[str, str] | None = None,
+        shard: tuple[int, int] | None = None, force: bool = False, progress: bool = False,
     ) -> xr.Dataset:  # fmt: skip
         """Run the model on `inputs` and record what its scans executed.
 
@@ -208,40 +215,87 @@ class Probe(Experiments):
             layers: the model's own layer numbers; None is all.
             tokens, channels: indices to keep (channels: heads for Mamba-2); None is all. Tokens with gaps between
                 them bring delta_cumsum along.
-            batch_size: rows a forward call; None is all at once.
-            store: `*.zarr` or `*.nc` to write the trace to as well; `overwrite` replaces what is there.
+            batch_size: rows a forward call; None is all at once, or, to a `*.zarr`, as many as fit into `max_memory`.
+            store: `*.zarr`: the trace goes there while the model runs, by layers and by blocks of `batch_size` rows,
+                each whole or absent whatever stops the process; it is returned opened lazily. `*.nc`: the trace, held
+                in memory, is written there in the end.
+            overwrite: replace what is there, which is removed at once (`*.nc`: when the new one is whole).
+            resume: go on with the store of the same recording where one is there: every block that it lacks.
+            max_memory: bytes, or text as "8GB": to a `*.zarr` of tensors on their way there (1 GiB); else of the trace
+                (what is free now).
+            compress: "zstd" or "lz4" of a `*.zarr`; without loss.
+            narrow: variables to store in fewer bits, as {"B": "float16"}; read back as fp32, with the largest and the
+                root mean square error in their attributes.
+            shard: (number, of how many): record only every so-manieth block, beside other processes that write the
+                same store; see `mp.shard`.
+            force: try what is not expected to fit.
+            progress: a bar on stderr.
 
         Returns:
             The trace: an `xarray.Dataset` (see `trace.probe`), padding NaN with `valid` False.
 
         Raises:
-            ValueError: wrong input, unknown names (nearest given), non-finite values, an existing store.
+            ValueError: wrong input, unknown names (nearest given), non-finite values, an existing store, one of another
+                recording, another writer, a trace that does not fit into memory or onto the disk.
+            OSError: the disk is full; the store opens, and resumes.
         """
         self._check_attached()
         given = checked_input(self.model, self._adapters[0].sizes.width, inputs, attention_mask, text, tokenizer)
         plan = checked_plan(self._adapters, self.groups, variables, layers, tokens, channels, given.length)
+        if store is not None and check_suffix(store).suffix == ".zarr":
+            storing = Storing.checked(
+                store, plan, overwrite=overwrite, resume=resume, max_memory=max_memory, compress=compress,
+                narrow=narrow, force=force, shard=shard,
+            )  # fmt: skip
+            return self._stream(storing, plan, given, batch_size, progress)
+        if resume or compress is not None or narrow is not None or shard is not None:
+            raise ValueError(f'resume, compress, narrow and shard are of a store="*.zarr"; got store={store!r}')
         if store is not None:
             check_free(store, overwrite)
+        width, dtype = self._adapters[0].sizes.width, next(self.model.parameters()).dtype
+        check_fits(estimate(plan, given.batch, given.length, dtype, width).nbytes, max_memory, force)
         recorder = self._recorder(plan)
         with (
             kept(recorder, given.label, store, overwrite),
             listening(self.model, self._taps, recorder),
+            bar("recording", -(-given.batch // (batch_size or given.batch)), progress) as step,
             torch.no_grad(),
         ):
             for piece in given.pieces(batch_size):
                 self.model(**piece)
+                step("")
         return given.label(recorder.dataset)
+
+    def _stream(
+        self, storing: Storing, plan: Plan, given: ModelInput, batch_size: int | None, progress: bool
+    ) -> xr.Dataset:
+        """`record` to a Zarr store."""
+        width, dtype = self._adapters[0].sizes.width, next(self.model.parameters()).dtype
+        rows = storing.rows(plan, given, batch_size, self.model, width)
+        statics, attrs = self._constants(plan)
+        first = given.label(template(plan, rows, given.length, statics, attrs | {"edits": ""}, dtype, width))
+
+        @contextmanager
+        def recording(sink: StreamSink) -> Iterator[Recorder]:
+            recorder = Recorder(plan, statics, attrs, sink=sink)
+            with listening(self.model, self._taps, recorder):
+                yield recorder
+
+        edits = [repr(edit) for tap in self._taps.values() for edit in tap.edits]
+        identity = identity_of(plan, given, rows, self.model, attrs, storing, edits)
+        return stream(storing, plan, given, rows, self.model, first, identity, recording, progress)
 
     @contextmanager
     def recording(
         self, *, variables: Sequence[str] = DEFAULT_VARIABLES, layers: Sequence[int] | None = None,
         channels: Sequence[int] | None = None, store: str | PathLike[str] | None = None, overwrite: bool = False,
-        keep: str = "host",
+        keep: str = "host", compress: str | None = None, narrow: Mapping[str, str] | None = None,
     ) -> Iterator[Recorder]:  # fmt: skip
         """Record every call of the model inside the block, `generate()` included: its prefill and every step.
 
         Args:
-            variables, layers, channels, store, overwrite: as in `record`.
+            variables, layers, channels, store, overwrite, compress, narrow: as in `record`; to a `*.zarr` go the rows
+                that a call began once a later one begins others, and the last in the end. Nothing resumes there.
             keep: "host": a layer's tensors are copied to the host while the next layers compute. "device": they stay
                 where the model is, in `recorder.tensors`, and are copied when `recorder.dataset` is first read.
 
@@ -259,11 +313,21 @@ class Probe(Experiments):
         plan = checked_plan(self._adapters, self.groups, variables, layers, None, channels, None)
         if store is not None:
             check_free(store, overwrite)
-        recorder = self._recorder(plan, keep)
+        sink = None
+        if store is not None and Path(store).suffix == ".zarr" and keep == "host":
+            how = Storing.checked(store, plan, overwrite=overwrite, compress=compress, narrow=narrow)
+            sink, store = GrowingSink(how.path, plan, overwrite, how.compress, how.narrow), None
+        elif compress is not None or narrow is not None:
+            raise ValueError(f'compress and narrow are of a store="*.zarr" and keep="host"; got {store!r}, {keep!r}')
+        recorder = Recorder(plan, *self._constants(plan), keep, sink)
         with kept(recorder, lambda trace: trace, store, overwrite), listening(self.model, self._taps, recorder):
             yield recorder
 
     def _recorder(self, plan: Plan, keep: str = "host") -> Recorder:
+        return Recorder(plan, *self._constants(plan), keep)
+
+    def _constants(self, plan: Plan) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Variables without tokens, and the attributes of the trace."""
         recorded = [adapter for adapter in self._adapters if adapter.layer in plan.layers]
         statics = read_statics(recorded, plan.variables)
         if plan.channels is not None:
@@ -277,7 +341,7 @@ class Probe(Experiments):
             "n_groups": sizes.n_groups,
             "parity_error": self._parity_error,
         }
-        return Recorder(plan, statics, attrs, keep)
+        return statics, attrs
 
     # -- measurements ------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from mamba_probe.rows import OpenCall, Rows
 from mamba_probe.trace.contract import DIRECTED
 from mamba_probe.trace.schema import VARIABLES
 
-__all__ = ["Plan", "Recorder"]
+__all__ = ["ABSENT", "Plan", "Recorder", "Sink", "assembled"]
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,35 @@ class Plan:
         return tuple(name for name in self.variables if not VARIABLES[name].static(self.sizes.family))
 
 
+class Sink(Protocol):
+    """Where blocks of rows go while a recording is under way: see `mamba_probe.streaming`."""
+
+    def kept(self, courier: Courier, first: int, mask: Tensor | None) -> Kept:
+        """Where the tensors of a call go that begins rows from `first` on."""
+        ...
+
+    def take(self, block: xr.Dataset, first: int) -> None:
+        """Rows from `first` on, whole."""
+        ...
+
+    def close(self, whole: bool) -> xr.Dataset | None:
+        """No more will come; the trace, where any did. `whole`: nothing was broken off."""
+        ...
+
+
 class Recorder:
     """Listens to the taps; `dataset` holds the trace once the block it records is left.
 
     With keep "host" a layer's tensors leave for the host at once, beside the next layers' work; with "device" they stay
-    in `tensors`, and go to the host when `dataset` is first read.
+    in `tensors`, and go to the host when `dataset` is first read. With a `sink` rows leave once they are whole.
     """
 
-    def __init__(self, plan: Plan, statics: dict[str, np.ndarray], attrs: dict[str, Any], keep: str = "host"):
-        self._plan, self._statics, self._attrs, self._keep = plan, statics, attrs, keep
+    def __init__(
+        self, plan: Plan, statics: dict[str, np.ndarray], attrs: dict[str, Any], keep: str = "host",
+        sink: Sink | None = None,
+    ):  # fmt: skip
+        self._plan, self._statics, self._attrs, self._keep, self._sink = plan, statics, attrs, keep, sink
+        self._rows = 0
         names = tuple(name for name in plan.steps if name in EMITTABLE)
         self._emit = Emit(names, channels=plan.channels)
         self._courier = Courier()
@@ -85,12 +105,16 @@ class Recorder:
         if not self._closed or not self._calls:
             raise ValueError("nothing recorded yet: run the model inside the `recording` block, and leave it")
         if self._dataset is None:
-            attrs = self._attrs | {"edits": "; ".join(self._edits)}
-            self._dataset = _assemble(self._plan, self._blocks, self._statics, attrs, self._courier)
-            self._courier.wait()
+            self._dataset = self._assembled(self._blocks)
             if self._keep == "host":  # the trace has their memory now
                 self._blocks = []
         return self._dataset
+
+    def _assembled(self, blocks: list[Rows]) -> xr.Dataset:
+        attrs = self._attrs | {"edits": "; ".join(self._edits)}
+        trace = assembled(self._plan, blocks, self._statics, attrs, self._courier, every=self._sink is not None)
+        self._courier.wait()
+        return trace
 
     @property
     def tensors(self) -> tuple[Mapping[tuple[int, str], Tensor], ...]:
@@ -143,12 +167,30 @@ class Recorder:
         prediction[:, where] = logits.argmax(-1).cpu().numpy()
         call.rows.coords["prediction"][-1] = prediction[:, call.keep]
 
-    def close(self) -> None:
+    def skip(self, rows: int) -> None:
+        """Rows of one call that are recorded already."""
+        self._rows += rows
+        self._calls += 1
+
+    def flush(self) -> None:
+        """Hand the sink, where there is one, every row: no call will continue them."""
+        if self._sink is None:
+            return
+        blocks, self._blocks = self._blocks, []
+        for rows in blocks:
+            self._sink.take(self._assembled([rows]), rows.first)
+
+    def close(self, whole: bool = True) -> None:
         """The block is left: `dataset` is the trace of every whole call, where there was one."""
         self._closed, self._open = True, None
         if self._blocks:
             self._blocks[-1].let_go()
-        self._courier.wait()
+        try:
+            self._courier.wait()
+            self.flush()
+        finally:
+            if self._sink is not None:
+                self._dataset = self._sink.close(whole)
 
     # -- from the taps -------------------------------------------------------------------------------------------
 
@@ -215,12 +257,14 @@ class Recorder:
             )
         selected = self._within(rows.length, length)
         keep = slice(None) if selected is None else list(selected)
-        kept = Kept(self._plan.layers, self._courier, self._keep)
+        kept = (
+            Kept(self._plan.layers, self._courier, self._keep) if self._sink is None
+            else self._sink.kept(self._courier, rows.first, call.valid)
+        )  # fmt: skip
         return OpenCall(rows, length, keep, kept, call.valid, call.continues, start=rows.length)
 
     def _fresh(self, batch: int) -> Rows:
-        first = self._blocks[-1].first + self._blocks[-1].batch if self._blocks else 0
-        return Rows(batch, self._calls, first, np.zeros(batch, np.int64))
+        return Rows(batch, self._calls, self._rows, np.zeros(batch, np.int64))
 
     def _commit(self, call: OpenCall) -> None:
         """The call is whole: what it waits for from the device is waited for here, once."""
@@ -231,7 +275,9 @@ class Recorder:
         if not call.continues:
             if self._blocks:
                 self._blocks[-1].let_go()
+            self.flush()
             self._blocks.append(rows)
+            self._rows += rows.batch
         call.enter()
         self._calls += 1
 
@@ -262,22 +308,36 @@ def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
-def _assemble(
-    plan: Plan, blocks: list[Rows], statics: dict[str, np.ndarray], attrs: dict[str, Any], courier: Courier
+def assembled(
+    plan: Plan, blocks: list[Rows], statics: dict[str, np.ndarray], attrs: dict[str, Any], courier: Courier,
+    every: bool = False, steps: Mapping[str, np.ndarray] | None = None,
 ) -> xr.Dataset:  # fmt: skip
-    """One Dataset from all rows: shorter rows and padding are NaN, with `valid` False."""
+    """One Dataset from all rows: shorter rows and padding are NaN, with `valid` False.
+
+    With `every` coordinates that are nowhere known are there, too. What calls have posted elsewhere is left out;
+    `steps` stand in for what calls hold.
+    """
     family = plan.sizes.family
     starts = np.cumsum([0, *(block.batch for block in blocks)])
     shape = (int(starts[-1]), max(_joined(block.coords["valid"]).shape[1] for block in blocks))
-    coords = {name: _coord(name, blocks, starts, shape) for name in _ABSENT}
+    coords = {name: _coord(name, blocks, starts, shape) for name in ABSENT}
     data = {}
+    posted = plan.steps if any(call.posted for block in blocks for call in block.calls) else ()
     for name in plan.variables:
+        if name in posted:
+            continue
         spec = VARIABLES[name]
-        values = _steps(name, blocks, shape, coords["valid"], courier) if name in plan.steps else statics[name]
+        if name not in plan.steps:
+            values = statics[name]
+        else:
+            values = _steps(name, blocks, shape, coords["valid"], courier) if steps is None else steps[name]
         text = {"long_name": spec.long_name, "units": spec.units, "symbol": spec.symbol}
         data[name] = (plan.sizes.dims(name), values, text)
-    known = {name: value for name, value in coords.items() if name in ("valid", "phase") or (value != -1).any()}
-    per_row = {"prompt_id": np.arange(shape[0]), "call": np.repeat([b.call for b in blocks], [b.batch for b in blocks])}
+    known = {
+        name: value for name, value in coords.items() if every or name in ("valid", "phase") or (value != -1).any()
+    }
+    prompts = np.arange(blocks[0].first, blocks[0].first + shape[0])
+    per_row = {"prompt_id": prompts, "call": np.repeat([b.call for b in blocks], [b.batch for b in blocks])}
     index = {
         "layer": list(plan.layers),
         "token": list(range(shape[1]) if plan.tokens is None else plan.tokens),
@@ -286,7 +346,7 @@ def _assemble(
         ),
         "direction": np.array(plan.sizes.directions, dtype=object),
     }
-    dims = {dim for named, *_ in data.values() for dim in named}
+    dims = {dim for name in plan.variables for dim in plan.sizes.dims(name)}
     if "direction" in dims:
         attrs = attrs | {DIRECTED: len(plan.sizes.directions)}
     labelled: dict[str, Any] = {name: (("batch", "token"), value) for name, value in known.items()}
@@ -294,11 +354,18 @@ def _assemble(
     return xr.Dataset(data, labelled | {dim: value for dim, value in index.items() if dim in dims}, attrs)
 
 
-_ABSENT = {"valid": False, "phase": "", "token_id": -1, "position": -1, "prediction": -1, "parent_row": -1}
+ABSENT: dict[str, Any] = {
+    "valid": False,
+    "phase": "",
+    "token_id": -1,
+    "position": -1,
+    "prediction": -1,
+    "parent_row": -1,
+}
 
 
 def _coord(name: str, blocks: list[Rows], starts: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    full = np.full(shape, _ABSENT[name], dtype={"valid": bool, "phase": "<U7"}.get(name, np.int64))
+    full = np.full(shape, ABSENT[name], dtype={"valid": bool, "phase": "<U7"}.get(name, np.int64))
     for block, start in zip(blocks, starts, strict=False):
         joined = _joined(block.coords[name])
         full[start : start + block.batch, : joined.shape[1]] = joined

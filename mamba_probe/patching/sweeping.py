@@ -1,7 +1,6 @@
 """The exact sweep: one forward for each entry that is put into the base's run, many of them in one batch."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any
 
@@ -15,6 +14,7 @@ from mamba_probe.hooks import HookPoint, parsed
 from mamba_probe.inputs import ModelInput
 from mamba_probe.patching.keeping import Cells, opened
 from mamba_probe.patching.pair import DEFAULT, Metric, Pair, paired
+from mamba_probe.progress import bar
 
 __all__ = ["sweep"]
 
@@ -80,7 +80,7 @@ def sweep(
             for given in (pair.base, pair.source)
         )
         cells = opened(_blank(pair, before, after, batch_size), store)
-        with _bar(len(cells.missing()), progress) as step:
+        with bar("patching", len(cells.missing()), progress) as step:
             for layer in pair.layers:
                 _layer(pair, cells, layer, group, batch_size, step)
     return cells.result
@@ -148,15 +148,3 @@ def _patch(values: Tensor, rows: Tensor, tokens: Tensor) -> Callable[[Tensor, Ho
         return tensor.index_put((at, tokens), values[rows, tokens].to(tensor.dtype))
 
     return put
-
-
-@contextmanager
-def _bar(total: int, shown: bool) -> Iterator[Callable[[str], None]]:
-    """Yields what is told of each cell's begin, and, with nothing, of its end."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-        task = bar.add_task("patching", total=total)
-        yield lambda what: bar.update(task, description=what) if what else bar.advance(task)

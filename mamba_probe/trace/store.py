@@ -6,7 +6,6 @@ appears at once, and gives the blocks of rows that are whole.
 
 import json
 import shutil
-import warnings
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,11 @@ import numpy as np
 import xarray as xr
 
 from mamba_probe.trace.blocks import whole_rows
-from mamba_probe.trace.coding import SEAL, decoded, encoded, seal_of, unsealed
+from mamba_probe.trace.coding import SEAL, check_seal, decoded, encoded, seal_of
 from mamba_probe.trace.contract import validate
+from mamba_probe.trace.untrusted import check_opened, check_store
 
-__all__ = ["check_free", "open_dataset", "open_trace", "remove", "save", "seal"]
+__all__ = ["check_free", "check_suffix", "open_dataset", "open_trace", "remove", "save", "seal"]
 
 SUFFIXES = (".zarr", ".nc")
 
@@ -70,13 +70,13 @@ def seal(path: Path) -> None:
         with h5py.File(path, "r+") as file:
             file.attrs[SEAL] = found
         return
-    import zarr
-
-    group = zarr.open_group(path, mode="r+", use_consolidated=False)
-    group.attrs[SEAL] = found
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Consolidated metadata is currently not part", UserWarning)
-        zarr.consolidate_metadata(group.store)
+    root = json.loads((path / "zarr.json").read_text())
+    arrays = {str(name): json.loads((path / str(name) / "zarr.json").read_text()) for name in coded.variables}
+    root["attributes"] = root.get("attributes", {}) | {SEAL: found}
+    root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": arrays}
+    partial = path / "zarr.json.partial"
+    partial.write_text(json.dumps(root, indent=2))
+    partial.replace(path / "zarr.json")
 
 
 def check_free(path: str | PathLike[str], overwrite: bool) -> Path:
@@ -85,7 +85,7 @@ def check_free(path: str | PathLike[str], overwrite: bool) -> Path:
     Raises:
         ValueError: unknown suffix, or the path exists and `overwrite` is False.
     """
-    path = _checked_suffix(path)
+    path = check_suffix(path)
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists: pass overwrite=True (--overwrite) to replace it, or choose another path")
     return path
@@ -101,12 +101,14 @@ def open_dataset(path: str | PathLike[str]) -> xr.Dataset:
         FileNotFoundError: nothing is there.
         ValueError: unknown suffix, or a damaged store (a chunk that is damaged is refused when it is read).
     """
-    path = _checked_suffix(path)
+    path = check_suffix(path)
     if not path.exists():
         raise FileNotFoundError(f"no store at {path}")
     try:
+        check_store(path)
         coded = _raw(path)
-        unsealed(_held(coded, path), str(path))
+        check_opened(coded)
+        check_seal(coded.attrs.pop(SEAL, None), _held(coded, path), str(path))
         return whole_rows(decoded(coded), path)
     except (OSError, KeyError, json.JSONDecodeError, RuntimeError) as error:
         raise ValueError(
@@ -157,7 +159,12 @@ def _checkable(array: Any) -> bool:
     return array.ndim > 0 and array.size > 0 and np.dtype(array.dtype).kind in "biufc"
 
 
-def _checked_suffix(path: str | PathLike[str]) -> Path:
+def check_suffix(path: str | PathLike[str]) -> Path:
+    """`path`, if a store may have this name.
+
+    Raises:
+        ValueError: unknown suffix.
+    """
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"a store's name ends in one of {SUFFIXES}; got {path.name!r}")

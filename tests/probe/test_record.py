@@ -110,11 +110,14 @@ class Letters:
 
 
 def test_store_and_partial_results(probe, tmp_path, model):
-    trace = probe.record(IDS, store=tmp_path / "run.zarr")
+    trace = probe.record(IDS, store=tmp_path / "run.zarr").load()
     xr.testing.assert_identical(mp.open_trace(tmp_path / "run.zarr").load(), trace)
     with pytest.raises(ValueError, match=r"run.zarr exists.*overwrite"):
         probe.record(IDS, store=tmp_path / "run.zarr")
+    lazy = mp.open_trace(tmp_path / "run.zarr")
     shorter = probe.record(IDS[:1], store=tmp_path / "run.zarr", overwrite=True)
+    with pytest.raises(ValueError, match="was replaced or removed since it was opened"):
+        lazy["delta"].load()
     xr.testing.assert_identical(mp.open_trace(tmp_path / "run.zarr").load(), shorter)
     calls = []
 

@@ -5,6 +5,7 @@ store of ours names none of these, so all are refused; docs/security.md has the 
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from math import ceil, prod
 from pathlib import Path
@@ -25,12 +26,17 @@ DTYPES = {f"{sign}int{bits}": bits // 8 for sign in ("", "u") for bits in (8, 16
 """Bytes of an entry by Zarr's data type; of text, those of its place in the array."""
 FILTERS = frozenset({1, 2, 3})
 """HDF5's own filters: deflate, shuffle, fletcher32. Any other is a plug-in that HDF5 would load."""
-MOST_CHUNKS = 1_000_000
+MOST_CHUNKS = 2_000_000
 """Chunks of a store: dask makes a task, about 1 KB, of each when it is opened."""
 CHUNK_BYTES = 4 << 30
 """Bytes of one chunk, which is read whole."""
 LOADED_BYTES = 4 << 30
 """Bytes that are read at once when a store or a run is opened: coordinates, texts, weights' small stores."""
+_NAME = re.compile(r"[^/\\.\0][^/\\\0]*")
+"""What a variable may be called: a name with a slash or a leading dot would be a path."""
+_NO_VARIABLE = b"This is a netCDF dimension but not"[:20]
+"""How netCDF 4 marks what stands for the length of a dimension alone; its values are never read."""
+_NOTHING = np.array([0, 0], dtype=object)
 _VERSION_2 = frozenset({".zarray", ".zgroup", ".zattrs", ".zmetadata"})
 
 
@@ -77,25 +83,30 @@ def _refuse_many(n_bytes: int, what: str) -> None:
         raise ValueError(f"{what} would take {n_bytes:,} bytes of memory; at most {LOADED_BYTES:,} are read at once")
 
 
-def _refuse_chunks(name: str, shape: tuple[int, ...], chunk: tuple[int, ...], itemsize: int) -> int:
-    """How many chunks an array has."""
+def _size(name: str, shape: tuple[int, ...], chunk: tuple[int, ...], itemsize: int) -> np.ndarray:
+    """How many chunks an array has, and its bytes if it is a line: xarray reads those named as their dimension."""
     if prod(chunk) * itemsize > CHUNK_BYTES:
         raise ValueError(f"{name} has chunks of {chunk}, more than {CHUNK_BYTES:,} bytes: rechunk it")
     number = prod(ceil(size / each) for size, each in zip(shape, chunk, strict=True))
     if number > MOST_CHUNKS:
         raise ValueError(f"{name} of shape {shape} has {number:,} chunks of {chunk}; at most {MOST_CHUNKS:,} are read")
-    return number
+    return np.array([number, shape[0] * itemsize if len(shape) == 1 else 0], dtype=object)
+
+
+def _refuse_total(path: Path, total: np.ndarray) -> None:
+    if total[0] > MOST_CHUNKS:
+        raise ValueError(f"{path} has {total[0]:,} chunks; at most {MOST_CHUNKS:,} are read")
+    _refuse_many(total[1], f"{path}: its variables of one dimension")
 
 
 def _check_zarr(path: Path) -> None:
-    number = 0
+    total = _NOTHING  # metadata that are there twice are counted twice
     for file in _files(path.resolve()):
         if file.name in _VERSION_2:
             raise ValueError(f"{file} is of Zarr 2, whose filters may be pickles; mamba_probe writes Zarr 3")
         if file.name == "zarr.json":
-            number += _check_node(file)
-    if number > MOST_CHUNKS:
-        raise ValueError(f"{path} has {number:,} chunks; at most {MOST_CHUNKS:,} are read")
+            total = total + _check_node(file)
+    _refuse_total(path, total)
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -113,18 +124,22 @@ def _files(folder: Path) -> Iterator[Path]:
                     raise ValueError(f"{entry.path} is {what}: a store of mamba_probe holds files alone")
 
 
-def _check_node(file: Path) -> int:
-    """How many chunks the array of a zarr.json has; 0 of a group."""
+def _check_node(file: Path) -> np.ndarray:
+    """Chunks and bytes in lines of a zarr.json's array; of a group, those of the arrays whose metadata it repeats."""
     node = read_object(file)
-    if node.get("node_type") != "array":
-        return 0
     try:
-        return _check_array(str(file.parent), node)
+        if node.get("node_type") == "array":
+            return _check_array(str(file.parent), node)
+        below = (node.get("consolidated_metadata") or {}).get("metadata", {})
+        wrong = [name for name, each in below.items() if not _NAME.fullmatch(name) or each["node_type"] != "array"]
+        if wrong:
+            raise ValueError(f"{file} names {wrong[0]!r}, which is no array of this store")
+        return sum((_check_array(str(file.parent / name), each) for name, each in below.items()), _NOTHING)
     except (KeyError, TypeError, AttributeError, OverflowError, ZeroDivisionError) as error:
         raise ValueError(f"{file} is damaged: no metadata of an array ({type(error).__name__}: {error})") from error
 
 
-def _check_array(name: str, node: Mapping[str, Any]) -> int:
+def _check_array(name: str, node: Mapping[str, Any]) -> np.ndarray:
     kind = node["data_type"]
     if not isinstance(kind, str) or kind not in DTYPES:
         raise ValueError(f"{name} has data_type {kind!r}; mamba_probe writes {', '.join(DTYPES)}")
@@ -137,7 +152,7 @@ def _check_array(name: str, node: Mapping[str, Any]) -> int:
         if codec["name"] == "sharding_indexed":
             chunks.append(codec["configuration"]["chunk_shape"])
     shape = _sizes(name, node["shape"], 0)
-    return max(_refuse_chunks(name, shape, _sizes(name, chunk, 1), DTYPES[kind]) for chunk in chunks)
+    return max((_size(name, shape, _sizes(name, chunk, 1), DTYPES[kind]) for chunk in chunks), key=lambda size: size[0])
 
 
 def _codecs(given: Any) -> Iterator[Mapping[str, Any]]:
@@ -159,18 +174,17 @@ def _check_netcdf(path: Path) -> None:
     import h5py
 
     with h5py.File(path, "r") as file:
-        number = 0
+        total = _NOTHING
         for name in file:
             link = file.get(name, getlink=True)
             if not isinstance(link, h5py.HardLink) or file.get(name, getclass=True) is not h5py.Dataset:
                 raise ValueError(f"{path}: {name} is a link or a group; a store of mamba_probe holds variables alone")
-            number += _check_hdf5(f"{path}: {name}", file[name])
-    if number > MOST_CHUNKS:
-        raise ValueError(f"{path} has {number:,} chunks; at most {MOST_CHUNKS:,} are read")
+            total = total + _check_hdf5(f"{path}: {name}", file[name])
+    _refuse_total(path, total)
 
 
-def _check_hdf5(name: str, variable: Any) -> int:
-    """How many chunks an HDF5 dataset has."""
+def _check_hdf5(name: str, variable: Any) -> np.ndarray:
+    """As `_size`, of an HDF5 dataset."""
     import h5py
 
     layout = variable.id.get_create_plist()
@@ -182,4 +196,5 @@ def _check_hdf5(name: str, variable: Any) -> int:
     dtype = variable.dtype
     if h5py.check_string_dtype(dtype) is None and np.dtype(dtype).kind not in "biuf":
         raise ValueError(f"{name} has data of {dtype}; mamba_probe writes numbers, bool and text")
-    return _refuse_chunks(name, variable.shape, variable.chunks, dtype.itemsize) if variable.chunks else 1
+    held = variable.shape if variable.attrs.get("NAME", b"")[:20] != _NO_VARIABLE else ()
+    return _size(name, held, variable.chunks or held, dtype.itemsize) if held and min(held) else _NOTHING

@@ -4,11 +4,11 @@ import unicodedata
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Shaped
+from jaxtyping import Bool, Shaped
 
 from mamba_probe.trace import require
 
-__all__ = ["FIRST", "classes"]
+__all__ = ["FIRST", "classes", "masks"]
 
 FIRST = "first token"
 """The first valid token of a row: BOS where the tokenizer puts one."""
@@ -38,10 +38,8 @@ def classes(trace: xr.Dataset, labels: Shaped[np.ndarray, "batch token"] | None 
     >>> found["class"].values.tolist(), found.values.astype(int).tolist()
     (['first token', 'punctuation'], [[[0, 1, 0]], [[0, 0, 1]]])
     """
-    require(trace, "valid")
-    valid = trace["valid"].transpose("batch", "token").values.astype(bool)
-    found = {FIRST: np.cumsum(valid, axis=1) == 1} | _by_text(trace) | _by_role(trace) | _by_label(labels, valid)
-    found = {name: mask & valid for name, mask in found.items()}
+    valid = _valid(trace)
+    found = {name: mask & valid for name, mask in (masks(trace) | _by_label(labels, valid)).items()}
     kept = {
         name: mask for name, mask in found.items() if np.any(mask.any(axis=1) & (mask.sum(axis=1) < valid.sum(axis=1)))
     }
@@ -49,6 +47,20 @@ def classes(trace: xr.Dataset, labels: Shaped[np.ndarray, "batch token"] | None 
         np.stack([*kept.values()]) if kept else np.zeros((0, *valid.shape), bool),
         {"class": np.array(list(kept), dtype=object)}, ("class", "batch", "token"),
     )  # fmt: skip
+
+
+def masks(trace: xr.Dataset) -> dict[str, Bool[np.ndarray, "batch token"]]:
+    """Every class that the trace itself knows, those too that no row has, padding not taken out.
+
+    Args:
+        trace: with `valid`.
+    """
+    return {FIRST: np.cumsum(_valid(trace), axis=1) == 1} | _by_text(trace) | _by_role(trace)
+
+
+def _valid(trace: xr.Dataset) -> Bool[np.ndarray, "batch token"]:
+    require(trace, "valid")
+    return trace["valid"].transpose("batch", "token").values.astype(bool)
 
 
 def _by_text(trace: xr.Dataset) -> dict[str, np.ndarray]:

@@ -17,7 +17,9 @@ for _folder, _probe in (("kernels", "scan/__init__.py"), ("analyses", "wavelet_a
         )
 
 from mamba_probe import blocks, constructions, patching, tasks, zoo  # noqa: E402
+from mamba_probe import reducing as reduce  # noqa: E402
 from mamba_probe.analyses.comparison import compare  # noqa: E402
+from mamba_probe.corpora import Corpus, corpus  # noqa: E402
 from mamba_probe.edits import ablate, assign, clamp, freeze, scale, swap, zero  # noqa: E402
 from mamba_probe.load import load, load_tokenizer  # noqa: E402
 from mamba_probe.probe import Probe, attach, detach  # noqa: E402
@@ -26,9 +28,9 @@ from mamba_probe.to_store import shard  # noqa: E402
 from mamba_probe.trace import open_trace  # noqa: E402
 
 __all__ = [
-    "Probe", "Recorder", "ablate", "assign", "attach", "blocks", "clamp", "compare", "constructions", "detach",
-    "freeze", "load", "load_tokenizer", "open_trace", "patching", "scale", "shard", "swap", "tasks", "zero",
-    "zoo",
+    "Corpus", "Probe", "Recorder", "ablate", "assign", "attach", "blocks", "clamp", "compare", "constructions",
+    "corpus", "detach", "freeze", "load", "load_tokenizer", "open_trace", "patching", "reduce", "scale", "shard",
+    "swap", "tasks", "zero", "zoo",
 ]  # fmt: skip
 
 __version__ = "0.1.0"

@@ -14,6 +14,7 @@ from torch import nn
 
 from mamba_probe import provenance
 from mamba_probe.ablating import ablate_class, ablate_units
+from mamba_probe.arguments import whole, wholes
 from mamba_probe.associating import associating
 from mamba_probe.attaching import check_free_to_attach, chosen_backend, torch_model
 from mamba_probe.estimate import Estimate, estimate
@@ -29,6 +30,8 @@ from mamba_probe.parity import measure_parity
 from mamba_probe.planning import checked_plan, grouped
 from mamba_probe.progress import bar
 from mamba_probe.recorder import Plan, Recorder
+from mamba_probe.reducing import Reduction
+from mamba_probe.reducing.driving import BATCH_SIZE, check_no_trace, reduce
 from mamba_probe.relevance import perturbed, relevance
 from mamba_probe.remembrance import remembrance
 from mamba_probe.streaming import GrowingSink, StreamSink
@@ -167,7 +170,7 @@ class Probe(Experiments):
         Raises:
             ValueError: an unknown layer, or layers of different sizes (see `groups`).
         """
-        for layer in layers or ():
+        for layer in wholes("layers", layers or ()):
             if layer not in self._taps:
                 raise unknown_name("layer", layer, [str(known) for known in self.layers])
         return read_weights(self.model, self._adapters, self.groups, layers=layers)
@@ -202,12 +205,13 @@ class Probe(Experiments):
         store: str | PathLike[str] | None = None, overwrite: bool = False, resume: bool = False,
         max_memory: int | str | None = None, compress: str | None = None, narrow: Mapping[str, str] | None = None,
         shard: tuple[int, int] | None = None, force: bool = False, progress: bool = False,
+        reduce: Sequence[Reduction] | None = None, by: Any = None,
     ) -> xr.Dataset:  # fmt: skip
         """Run the model on `inputs` and record what its scans executed.
 
         Args:
             inputs: what the model's forward takes: ids (batch, token) for a language model, hidden states
-                (batch, token, model) for a bare mixer, a dict of keywords, or a `Task`.
+                (batch, token, model) for a bare mixer, a dict of keywords, a `Task`, or an `mp.corpus(...)`.
             attention_mask: (batch, token), 1 at tokens and 0 at padding.
             text: prompts, in place of `inputs`; with `tokenizer` (see `mp.load_tokenizer`). Padded on the right.
             variables: names of the schema: delta, A, A_bar, B_bar, B, C, x, z, y, h, delta_cumsum, u (the mixer's
@@ -230,6 +234,7 @@ class Probe(Experiments):
                 same store; see `mp.shard`.
             force: try what is not expected to fit.
             progress: a bar on stderr.
+            reduce, by: the reductions and classes of `probe.reduce`, whose result is returned; no trace is kept.
 
         Returns:
             The trace: an `xarray.Dataset` (see `trace.probe`), padding NaN with `valid` False.
@@ -239,7 +244,19 @@ class Probe(Experiments):
                 recording, another writer, a trace that does not fit into memory or onto the disk.
             OSError: the disk is full; the store opens, and resumes.
         """
+        if reduce is not None or by is not None:
+            of_trace = {
+                "variables": None if variables is DEFAULT_VARIABLES else variables, "tokens": tokens, "store": store,
+                "overwrite": overwrite, "resume": resume, "max_memory": max_memory, "compress": compress,
+                "narrow": narrow, "shard": shard, "force": force,
+            }  # fmt: skip
+            check_no_trace(reduce, of_trace)
+            return self.reduce(
+                inputs, reduce or (), attention_mask, text=text, tokenizer=tokenizer, by=by, layers=layers,
+                channels=channels, batch_size=BATCH_SIZE if batch_size is None else batch_size, progress=progress,
+            )  # fmt: skip
         self._check_attached()
+        batch_size = None if batch_size is None else whole("batch_size", batch_size, 1)
         given = checked_input(self.model, self._adapters[0].sizes.width, inputs, attention_mask, text, tokenizer)
         plan = checked_plan(self._adapters, self.groups, variables, layers, tokens, channels, given.length)
         if store is not None and check_suffix(store).suffix == ".zarr":
@@ -351,6 +368,7 @@ class Probe(Experiments):
     relevance, perturbed = relevance, perturbed
     ablate_class, ablate_units = ablate_class, ablate_units
     associating = associating
+    reduce = reduce
 
     def jacobian(
         self, inputs: Any = None, attention_mask: Any = None, *, layer: int,
@@ -385,7 +403,7 @@ class Probe(Experiments):
         self._check_unedited("jacobian")
         if any(tap.listener is not None for tap in self._taps.values()):
             raise ValueError("jacobian runs the model, and a recording is open on this probe: leave it first")
-        if layer not in self._taps:
+        if whole("layer", layer) not in self._taps:
             raise unknown_name("layer", layer, [str(known) for known in self.layers])
         if self.backend == "triton" and source_tokens is not None:
             raise ValueError(

@@ -150,10 +150,12 @@ def check_no_trace(reductions: Any, of_trace: Mapping[str, Any]) -> None:
 
 def piece(trace: xr.Dataset, classed: Classes, rows: slice, n_rows: int) -> xr.Dataset:
     """A trace of some rows of `n_rows`, with each token's classes and each row's unit."""
-    found = classed(trace)
+    found, first = classed(trace), rows.start
     member = xr.DataArray(np.stack(list(found.values())), dims=("class", "batch", "token"))
-    coords = {"class": np.array(list(found), dtype=object), MEMBER: member, UNIT: ("batch", dealt(rows, n_rows)),
-              "prompt_id": ("batch", np.arange(rows.start, rows.stop))}  # fmt: skip
+    coords: dict[str, Any] = {"class": np.array(list(found), dtype=object), MEMBER: member}
+    coords |= {UNIT: ("batch", dealt(rows, n_rows)), "prompt_id": ("batch", np.arange(first, rows.stop))}
+    if "parent_row" in trace.coords:  # counted like prompt_id
+        coords["parent_row"] = trace["parent_row"] + first * (trace["parent_row"] >= 0)
     return trace.assign_coords(coords).assign_attrs(n_units=min(UNITS, n_rows))
 
 

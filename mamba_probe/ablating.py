@@ -12,6 +12,7 @@ import xarray as xr
 from jaxtyping import Bool
 from torch import Tensor
 
+from mamba_probe.arguments import whole, wholes
 from mamba_probe.edits import Edit, zero
 from mamba_probe.hooks import HookPoint
 from mamba_probe.losses import losses
@@ -63,8 +64,7 @@ def ablate_class(
     >>> found["correct"].mean().item(), found["class_correct"].mean().item() < 0.1
     (1.0, True)
     """
-    if n_random < 1:
-        raise ValueError(f"n_random is at least 1: without random tokens there is no null; got {n_random}")
+    n_random, seed = whole("n_random", n_random, 1), whole("seed", seed)  # without random tokens there is no null
     names = [name for name in probe.hook_names() if name.endswith("mixer.hook_delta")]
     if not names:
         raise ValueError("no layer of this model selects its step sizes (S4D's are constant): there is none to ablate")
@@ -116,10 +116,10 @@ def _masks(classes: Mapping[str, Any] | xr.DataArray, valid: Mask) -> dict[str, 
                 f"class {name!r} needs booleans (batch, token) = {valid.shape}; got {mask.dtype} {mask.shape}"
             )
         found[str(name)] = mask = mask & valid
-        whole = np.flatnonzero(mask.any(1) & (mask.sum(1) == valid.sum(1)))
+        filled = np.flatnonzero(mask.any(1) & (mask.sum(1) == valid.sum(1)))
         found[str(name)] = kept = mask & (mask.sum(1) < valid.sum(1))[:, None]
         if not kept.any():
-            what = f"every token of row {whole[0]}, which leaves none to take a mean of" if len(whole) else "no token"
+            what = f"every token of row {filled[0]}, which leaves none to take a mean of" if len(filled) else "no token"
             raise ValueError(f"class {name!r} holds {what}")
     return found
 
@@ -232,8 +232,7 @@ def ablate_units(
     >>> found["unit"].values.tolist()[:3], found["unit_correct"].sel(unit="layer 0").mean().item()
     (['layer 0', 'layer 0 head 0', 'layer 0 head 1'], 0.0)
     """
-    if n_random < 1:
-        raise ValueError(f"n_random is at least 1: without random channels there is no null; got {n_random}")
+    n_random, seed = whole("n_random", n_random, 1), whole("seed", seed)  # without random channels there is no null
     _one_direction(probe)
     units = _units(probe, layers, heads, group)
     alone = len(probe.layers) == 1
@@ -266,21 +265,20 @@ def _place(unit: _Unit, pools: list[tuple[int, int]]) -> int:
 def _units(probe: Any, layers: Sequence[int] | None, heads: Sequence[int] | None, group: int | None) -> list[_Unit]:
     if heads is not None and group is not None:
         raise ValueError(f"give heads or group, and not both; got heads={heads!r} and group={group!r}")
-    if group is not None and group < 1:
-        raise ValueError(f"group is a number of consecutive heads or channels, at least 1; got {group}")
+    group = None if group is None else whole("group, a number of consecutive heads or channels,", group, 1)
     adapters = {adapter.layer: adapter for adapter in probe._adapters}
     found: list[_Unit] = []
-    for layer in adapters if layers is None else layers:
+    for layer in adapters if layers is None else wholes("layers", layers):
         if layer not in adapters:
             raise unknown_name("layer", str(layer), [str(known) for known in adapters])
         sizes = adapters[layer].sizes
         if f"blocks.{layer}.hook_mixer_out" not in probe.hook_names():
             raise ValueError(f"layer {layer} has no hook point hook_mixer_out, so its output cannot be taken out")
         word = "head" if sizes.family == "mamba2" else "channel"
-        whole = _Unit("layer", layer, 0, sizes.n_heads, word, sizes.n_heads * sizes.head_channels)
-        found.append(whole)
+        layer_unit = _Unit("layer", layer, 0, sizes.n_heads, word, sizes.n_heads * sizes.head_channels)
+        found.append(layer_unit)
         for first, size in _spans(sizes.n_heads, heads, group, word, layer):
-            found.append(replace(whole, kind=word, first=first, size=size, n_channels=size * sizes.head_channels))
+            found.append(replace(layer_unit, kind=word, first=first, size=size, n_channels=size * sizes.head_channels))
     return found
 
 
@@ -292,8 +290,8 @@ def _spans(
         return [(first, min(group, n_heads - first)) for first in range(0, n_heads, group)]
     if heads is None:
         return [(head, 1) for head in range(n_heads)] if n_heads <= MOST_HEADS else []
-    chosen = np.asarray(heads, dtype=None if len(heads) else int)
-    if chosen.ndim != 1 or chosen.dtype.kind not in "iu" or len(np.unique(chosen)) < len(chosen):
+    chosen = np.asarray(wholes("heads", heads), dtype=int)
+    if len(np.unique(chosen)) < len(chosen):
         raise ValueError(f"heads needs distinct integers, indices of {word}s; got {heads!r}")
     if len(chosen) and not 0 <= chosen.min() <= chosen.max() < n_heads:
         raise ValueError(f"heads {chosen.tolist()}: layer {layer} has {word}s 0 to {n_heads - 1}")

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mamba_probe import provenance
+from mamba_probe.arguments import texts, whole, wholes
 from mamba_probe.hooks import HookPoint
 from mamba_probe.inputs import checked_input
 from mamba_probe.tasks import Task
@@ -87,8 +88,8 @@ def associating(
     probe._check_unedited("associating")
     if any(tap.listener is not None for tap in probe._taps.values()):
         raise ValueError("associating runs the model, and a recording is open on this probe: leave it first")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size is the rows of a forward, at least 1; got {batch_size!r}")
+    batch_size, seed = whole("batch_size", batch_size, 1), whole("seed", seed)
+    twin_seed = None if twin_seed is None else whole("twin_seed", twin_seed)
     if any(adapter.sizes.directions for adapter in probe._adapters):
         raise ValueError("associating reads what comes after a key: a model that scans in both directions has no after")
     case = _corrupted(task, seed)
@@ -182,15 +183,16 @@ def _donors(case: Case, seed: int) -> Int[np.ndarray, " batch"]:
 
 
 def _points(probe: Any, sites: Sequence[str] | None, layers: Sequence[int] | None) -> Points:
-    chosen = tuple(probe.layers if layers is None else layers)
+    chosen = tuple(probe.layers if layers is None else wholes("layers", layers))
+    sites = None if sites is None else texts("sites", sites)
     for layer in chosen:
         if layer not in probe.layers:
             raise unknown_name("layer", layer, [str(known) for known in probe.layers])
     for site in sites or ():
         if site not in SITES:
             raise unknown_name("site", site, list(SITES))
-    if not chosen or (sites is not None and not sites):
-        raise ValueError(f"associating needs one site and one layer at least; got sites={sites!r}, layers={layers!r}")
+    if not chosen:
+        raise ValueError(f"associating needs one layer at least; got layers={layers!r}")
     known = set(probe.hook_names())
     here = {
         (site, layer): tuple(name for hook in hooks if (name := f"blocks.{layer}.{hook}") in known)

@@ -24,9 +24,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mamba_probe.arguments import array, wholes
 from mamba_probe.other_run import OtherRun
 from mamba_probe.trace.contract import unknown_name
 
@@ -229,12 +231,21 @@ def _check_value(edit: Edit) -> None:
     if edit.value is None or isinstance(edit.value, OtherRun):
         return
     for bound in edit.value if edit.kind == "clamp" else (edit.value,):
-        value = torch.as_tensor(0.0 if bound is None else bound)
+        value = _numbers(edit, 0.0 if bound is None else bound)
         if not torch.isfinite(value).all():
             raise ValueError(f"{edit!r}: the value holds NaN or infinity")
         if edit.target in ("delta", "A_bar") and not value.is_complex() and bool((value < 0).any()):
             what = "a step size" if edit.target == "delta" else "a decay"
             raise ValueError(f"{edit!r}: {edit.target} is {what} and cannot be negative; got {value.min().item():g}")
+
+
+def _numbers(edit: Edit, value: Any) -> Tensor:
+    if isinstance(value, Tensor) and value.device.type != "meta" and value.layout is torch.strided:
+        return value
+    found = value if isinstance(value, complex | np.ndarray) else np.asarray(array(f"{edit!r}: the value", value))
+    if np.asarray(found).dtype.kind not in "fiubc" or (edit.kind == "clamp" and np.ndim(found)):
+        raise ValueError(f"{edit!r}: the value is a number, or an array of numbers; got {type(value).__name__}")
+    return torch.as_tensor(found)
 
 
 def _mean_over_tokens(tensor: Tensor, valid: Tensor | None, edit: Edit) -> Tensor:
@@ -259,9 +270,9 @@ def _shown(value: Any) -> Any:
 def _made(
     kind: Any, target: str, layer: int | None, value: Any, where: Mapping[str, Any], known: Sequence[str]
 ) -> Edit:
-    if target not in known:
-        able = [verb for verb, names in (("frozen", FREEZABLE), ("ablated", ABLATABLE)) if target in names]
-        able += ["assigned, scaled, clamped, zeroed or swapped"] * (target in AXES)
+    if not isinstance(target, str) or target not in known:
+        able = [verb for verb, names in (("frozen", FREEZABLE), ("ablated", ABLATABLE)) if target in list(names)]
+        able += ["assigned, scaled, clamped, zeroed or swapped"] * (target in list(AXES))
         hint = f" (it can be {able[0]})" if able else ""
         raise ValueError(f"{unknown_name(f'quantity to {kind}', target, tuple(known))}{hint}")
     if layer is not None and not isinstance(layer, int):
@@ -281,14 +292,13 @@ def _made(
 
 
 def _indices(axis: str, at: Indices) -> tuple[int, ...]:
-    chosen = (at,) if isinstance(at, int) else tuple(at)
-    if not chosen or any(
-        isinstance(each, bool) or not isinstance(each, int) or each < 0 for each in map(_plain, chosen)
-    ):
+    one = np.ndim(at) == 0 if isinstance(at, int | np.integer | np.ndarray | Tensor) else False
+    chosen = wholes(axis, [_plain(at)] if one else at)
+    if not chosen or min(chosen) < 0:
         raise ValueError(f"{axis} is an index from 0 on, or several; got {at!r}")
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"{axis} names an index twice: {at!r}")
-    return tuple(map(_plain, chosen))
+    return tuple(chosen)
 
 
 def _plain(value: Any) -> Any:
@@ -397,4 +407,4 @@ def swap(target: str, source: Any, layer: int | None = None, **where: Indices) -
     Raises:
         ValueError: a source without that quantity, and what `assign` refuses.
     """
-    return _made("swap", target, layer, OtherRun(target, HOOKS.get(target, ""), source), where, tuple(AXES))
+    return _made("swap", target, layer, OtherRun(target, HOOKS.get(str(target), ""), source), where, tuple(AXES))

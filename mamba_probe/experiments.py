@@ -12,6 +12,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from mamba_probe import provenance
+from mamba_probe.arguments import listed
 from mamba_probe.attaching import check_editable
 from mamba_probe.edits import Edit
 from mamba_probe.hooks import (
@@ -28,6 +29,7 @@ from mamba_probe.hooks import (
     Reader,
     ValueHook,
     names_of,
+    paired,
     parsed,
     selected,
     watch,
@@ -236,9 +238,7 @@ class Experiments(AbstractContextManager["Any"]):
         actions: list[Any] = []
         readers: list[Reader] = []
         with ExitStack() as block:
-            for names, function, is_gradient in [(*each, False) for each in forward] + [
-                (*each, True) for each in backward
-            ]:
+            for names, function, is_gradient in [*paired("fwd_hooks", forward), *paired("bwd_hooks", backward)]:
                 for name in selected(names, known):
                     points.append(point := HookPoint(name, contexts.setdefault(name, {}), backward=is_gradient))
                     layer, place, token = parsed(name)
@@ -278,7 +278,8 @@ class Experiments(AbstractContextManager["Any"]):
         if not isinstance(task, Task):
             raise ValueError(f"intervene takes a Task (mp.tasks.mqar(...)); got {type(task).__name__}")
         self._check_unedited("intervene")
-        groups = [(), *((entry,) if isinstance(entry, Edit) else tuple(entry) for entry in edits)]
+        asked = listed("edits", edits, "edits, or of lists of them")
+        groups = [(), *([each] if isinstance(each, Edit) else listed("edits", each, "edits") for each in asked)]
         given = checked_input(self.model, self._adapters[0].sizes.width, task, None, None, None)
         counts = []
         for group in groups:

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mamba_probe.arguments import listed
 from mamba_probe.edits import HOOKS, Place
 from mamba_probe.trace.contract import unknown_name
 
@@ -121,6 +122,19 @@ def names_of(layer: int, modules: Sequence[str], quantities: Sequence[str]) -> l
     within = [f"mixer.{name}" for name, quantity in SCAN.items() if quantity in quantities]
     before = [name for name in around if AROUND[name] not in ("mixer out", "block out")]
     return [f"blocks.{layer}.{name}" for name in (*before, *within, *(name for name in around if name not in before))]
+
+
+def paired(argument: str, given: Any) -> list[tuple[Names, Function, bool]]:
+    """Each (names, function) pair of `fwd_hooks` or `bwd_hooks`, and whether it is one of gradients.
+
+    Raises:
+        ValueError: no list of such pairs.
+    """
+    pairs = listed(argument, given, "(names, function) pairs")
+    for each in pairs:
+        if not isinstance(each, tuple | list) or len(each) != 2 or not callable(each[1]):
+            raise ValueError(f"{argument} is a list of (names, function) pairs; got {each!r} in it")
+    return [(names, function, argument == "bwd_hooks") for names, function in pairs]
 
 
 def selected(names: Names, known: Sequence[str]) -> list[str]:

@@ -13,9 +13,11 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
+from mamba_probe.arguments import whole
 from mamba_probe.corpora import Corpus, Document, token_ids
 from mamba_probe.mixers.offload import place
 from mamba_probe.tasks import Task
+from mamba_probe.trace.contract import unknown_name
 
 __all__ = ["CorpusInput", "ModelInput", "checked_input"]
 
@@ -40,9 +42,7 @@ class ModelInput:
         Raises:
             ValueError: batch_size below 1.
         """
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size is at least 1; got {batch_size}")
-        step = batch_size or self.batch
+        step = self.batch if batch_size is None else whole("batch_size", batch_size, 1)
         return [slice(start, min(start + step, self.batch)) for start in range(0, self.batch, step)]
 
     def piece(self, rows: slice) -> dict[str, Any]:
@@ -170,7 +170,10 @@ def _fitted(model: nn.Module, keywords: dict[str, Any]) -> dict[str, Any]:
     named = first.kind is first.POSITIONAL_OR_KEYWORD and (first.default is first.empty or not passes_on)
     if "hidden_states" in keywords and "hidden_states" not in takes and named:
         keywords[first.name] = keywords.pop("hidden_states")
-    known = takes if not passes_on else {name for part in model.modules() for name in _names(type(part))}
+    known = set(takes) if not passes_on else {name for part in model.modules() for name in _names(type(part))}
+    unknown = [name for name in keywords if name not in known and name != "attention_mask"]
+    if unknown:
+        raise unknown_name(f"keyword of {type(model).__name__}", unknown[0], sorted(known - {"self"}))
     mask = None if "attention_mask" in known else keywords.pop("attention_mask", None)
     if mask is not None and not mask.bool().all():
         raise ValueError(
@@ -181,6 +184,11 @@ def _fitted(model: nn.Module, keywords: dict[str, Any]) -> dict[str, Any]:
 
 
 @cache
+    if "hidden_states" in keywords and "hidden_states" not in takes and first.name == "input_ids":
+        raise ValueError(
+            f"{type(model).__name__} takes token ids (batch, token), which are integers; got"
+            f" {keywords['hidden_states'].dtype} of shape {tuple(keywords['hidden_states'].shape)}"
+        )
 def _names(kind: type[nn.Module]) -> tuple[str, ...]:
     """What a module's forward takes."""
     return tuple(inspect.signature(kind.forward).parameters)
@@ -209,9 +217,11 @@ def _from_mapping(inputs: Mapping[str, Any], attention_mask: Any) -> ModelInput:
         if "attention_mask" in keywords:
             raise ValueError("attention_mask came twice: in the dict and as an argument")
         keywords["attention_mask"] = attention_mask
-    main = next((key for key in ("input_ids", "hidden_states", "inputs_embeds") if key in keywords), None)
-    if main is None:
-        raise ValueError(f"a dict needs input_ids, inputs_embeds or hidden_states; got {sorted(keywords)}")
+    found = [key for key in ("input_ids", "hidden_states", "inputs_embeds") if key in keywords]
+    if len(found) != 1:
+        came = sorted(map(str, keywords))
+        raise ValueError(f"a dict needs input_ids, inputs_embeds or hidden_states, one of them; got {came}")
+    main = found[0]
     checked = _from_array(keywords.pop(main), keywords.pop("attention_mask", None))
     renamed = {main if key in ("input_ids", "hidden_states") else key: value for key, value in checked.keywords.items()}
     return ModelInput(keywords | renamed, checked.batch, checked.length)
@@ -226,6 +236,11 @@ def _from_task(task: Task, attention_mask: Any) -> ModelInput:
         given.batch,
         given.length,
         labels,
+    if (main == "input_ids") != ("input_ids" in checked.keywords):
+        raise ValueError(f"{main} of the dict holds {next(iter(checked.keywords.values())).dtype}: ids are integers")
+    for key, value in keywords.items():
+        if isinstance(value, Tensor) and value.shape[:1] != (checked.batch,):
+            raise ValueError(f"{key} needs a row for each of {checked.batch}; got shape {tuple(value.shape)}")
         {
             "task": task.name,
             "task_params": json.dumps(task.params),
@@ -255,7 +270,7 @@ def _from_text(text: Sequence[str], tokenizer: Any) -> ModelInput:
 def _tensor(value: Any, name: str) -> Tensor:
     try:
         tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{name} is no rectangular array of numbers ({error}); pad rows and pass a mask") from error
     if tensor.dtype == torch.bool and name != "attention_mask":
         raise ValueError(f"{name} is boolean; expected token ids (integers) or hidden states (floats)")
@@ -270,6 +285,9 @@ def _check(model: nn.Module, width: int, given: ModelInput) -> None:
     for name, value in given.keywords.items():
         if name == "input_ids":
             _check_ids(model, value)
+    if tensor.is_complex() or tensor.device.type == "meta" or tensor.layout != torch.strided:
+        came = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+        raise ValueError(f"{name} is a dense tensor of integers or real numbers that exist; got {came}")
         elif name in ("hidden_states", "inputs_embeds"):
             _check_hidden(value, width, name)
         elif name == "attention_mask":

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mamba_probe import provenance
+from mamba_probe.arguments import array, whole, wholes
 from mamba_probe.inputs import ModelInput
 from mamba_probe.mixers import MixerAdapter
 
@@ -29,16 +30,16 @@ def measure_jacobian(
     """See `Probe.jacobian`."""
     if (query_tokens is None) == (source_tokens is None):
         raise ValueError("pass either query_tokens (what moved them) or source_tokens (what they move), and not both")
-    if n_probes is not None and (n_probes < 1 or source_tokens is None or direction is not None):
-        raise ValueError(
-            f"n_probes is at least 1 and goes with source_tokens and no direction; got n_probes={n_probes}"
-        )
+    seed = whole("seed", seed)
+    if n_probes is not None and (source_tokens is None or direction is not None):
+        raise ValueError(f"n_probes goes with source_tokens and no direction; got n_probes={n_probes!r}")
+    n_probes = None if n_probes is None else whole("n_probes", n_probes, 1)
     hidden, mask = _mixer_input(model, adapter, given)
     valid = torch.ones(hidden.shape[:2], dtype=torch.bool) if mask is None else mask.bool().cpu()
     asked, dim = (query_tokens, "query_token") if query_tokens is not None else (source_tokens, "source_token")
     index = _index(valid, asked, dim)
     rows = None if read_out is None else _matrix(read_out, "read_out", hidden)
-    along = None if direction is None else _matrix(_plain(direction)[None], "direction", hidden).flatten()
+    along = None if direction is None else _matrix(array("direction", direction)[None], "direction", hidden).flatten()
 
     def mixer(u: Tensor) -> Tensor:
         return adapter.given(adapter.mixer(adapter.taken(u), **adapter.masks(mask)))
@@ -84,9 +85,9 @@ def _mixer_input(model: nn.Module, adapter: MixerAdapter, given: ModelInput) -> 
 
 def _index(valid: Tensor, asked: Sequence[int] | None, name: str) -> Int[np.ndarray, "batch asked"]:
     """Token of each asked position in each row; positions count valid tokens."""
-    wanted = np.asarray(asked)
+    wanted = np.array(wholes(f"{name}s", asked), dtype=np.int64)
     counts = valid.sum(1).numpy()
-    if wanted.ndim != 1 or not wanted.size or wanted.dtype.kind not in "iu":
+    if not wanted.size:
         raise ValueError(f"{name}s is a non-empty list of positions; got {asked!r}")
     if wanted.min() < 0 or wanted.max() >= counts.min():
         raise ValueError(f"{name}s must lie in 0 .. {counts.min() - 1}, the shortest row's positions; got {asked!r}")
@@ -94,16 +95,12 @@ def _index(valid: Tensor, asked: Sequence[int] | None, name: str) -> Int[np.ndar
 
 
 def _matrix(given: Any, name: str, hidden: Tensor) -> Tensor:
-    matrix = _plain(given).to(hidden)
+    matrix = torch.as_tensor(array(name, given)).to(hidden)
     if matrix.ndim != 2 or matrix.shape[1] != hidden.shape[2] or not torch.isfinite(matrix).all():
         raise ValueError(
             f"{name} needs finite values over model = {hidden.shape[2]} features; got shape {tuple(matrix.shape)}"
         )
     return matrix
-
-
-def _plain(given: Any) -> Tensor:
-    return given.detach() if isinstance(given, Tensor) else torch.as_tensor(np.asarray(given))
 
 
 def _pulled(

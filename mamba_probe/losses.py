@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mamba_probe import provenance
+from mamba_probe.arguments import listed
 from mamba_probe.edits import Edit
 from mamba_probe.inputs import ModelInput, checked_input
 from mamba_probe.tasks import Task
@@ -60,7 +61,7 @@ def losses(
     target = inputs.target * valid + UNSCORED * ~valid if isinstance(inputs, Task) else _following(ids, valid)
     if not (target != UNSCORED).any():
         raise ValueError("nothing to predict: a row needs two tokens, a task a query that is no padding")
-    with probe.edit(*edits), probe.hooks(fwd_hooks), torch.no_grad():
+    with probe.edit(*listed("edits", edits, "edits")), probe.hooks(fwd_hooks), torch.no_grad():
         found, start = [], 0
         for piece in given.pieces(batch_size):
             logits = _logits(probe.model, piece)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mamba_probe.arguments import texts, wholes
 from mamba_probe.mixers import MixerAdapter
 from mamba_probe.recorder import Plan
 from mamba_probe.trace.contract import unknown_name
@@ -32,9 +33,7 @@ def checked_plan(
     Raises:
         ValueError: an unknown variable, layer, token or channel (nearest given), or layers of different sizes.
     """
-    if isinstance(variables, str) or not variables:
-        raise ValueError(f"variables is a non-empty list of names; got {variables!r}")
-    names = list(dict.fromkeys(variables))
+    names = list(dict.fromkeys(texts("variables", variables)))
     for name in names:
         if name not in VARIABLES:
             raise unknown_name("variable", name, tuple(VARIABLES))
@@ -59,10 +58,7 @@ def checked_plan(
 
 def _indices(asked: Any, kind: str, known: Sequence[int]) -> list[int]:
     """`asked`, increasing, each of them known."""
-    try:
-        values = [int(value) for value in asked]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{kind}s is a list of integers or None (all); got {asked!r}") from error
+    values = wholes(f"{kind}s (None is all)", asked)
     if not values:
         raise ValueError(f"{kind}s is empty; pass None for all")
     unknown = [value for value in values if value not in known]

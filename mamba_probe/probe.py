@@ -22,7 +22,7 @@ from mamba_probe.experiments import Experiments
 from mamba_probe.inputs import ModelInput, checked_input
 from mamba_probe.jacobian import measure_jacobian
 from mamba_probe.keeping import KEEPS
-from mamba_probe.listening import kept, listen, listening
+from mamba_probe.listening import check_silent, kept, listen, listening
 from mamba_probe.losses import losses
 from mamba_probe.mixers import Tap, find_mixers
 from mamba_probe.mixers.offload import place
@@ -170,7 +170,7 @@ class Probe(Experiments):
         Raises:
             ValueError: an unknown layer, or layers of different sizes (see `groups`).
         """
-        for layer in wholes("layers", layers or ()):
+        for layer in () if layers is None else wholes("layers", layers):
             if layer not in self._taps:
                 raise unknown_name("layer", layer, [str(known) for known in self.layers])
         return read_weights(self.model, self._adapters, self.groups, layers=layers)
@@ -287,6 +287,7 @@ class Probe(Experiments):
         self, storing: Storing, plan: Plan, given: ModelInput, batch_size: int | None, progress: bool
     ) -> xr.Dataset:
         """`record` to a Zarr store."""
+        check_silent(self._taps)
         width, dtype = self._adapters[0].sizes.width, next(self.model.parameters()).dtype
         rows = storing.rows(plan, given, batch_size, self.model, width)
         statics, attrs = self._constants(plan)
@@ -298,7 +299,7 @@ class Probe(Experiments):
             with listening(self.model, self._taps, recorder):
                 yield recorder
 
-        edits = [repr(edit) for tap in self._taps.values() for edit in tap.edits]
+        edits = [edit for tap in self._taps.values() for edit in tap.edits]
         identity = identity_of(plan, given, rows, self.model, attrs, storing, edits)
         return stream(storing, plan, given, rows, self.model, first, identity, recording, progress)
 

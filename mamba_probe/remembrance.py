@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mamba_probe import provenance
+from mamba_probe.arguments import array, whole, wholes
 from mamba_probe.inputs import ModelInput, checked_input
 
 __all__ = ["remembrance"]
@@ -63,8 +64,7 @@ def remembrance(
     if any(tap.listener is not None for tap in probe._taps.values()):
         raise ValueError("remembrance runs the model, and a recording is open on this probe: leave it first")
     given = checked_input(probe.model, probe._adapters[0].sizes.width, inputs, attention_mask, None, None)
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size is at least 1; got {batch_size}")
+    batch_size = None if batch_size is None else whole("batch_size", batch_size, 1)
     name, valid = _cut(given), _valid(given)
     at = _queries(valid, queries)
     removed = _starts(at, starts)
@@ -78,13 +78,13 @@ def remembrance(
         return found[[distinct.index(context) for context in contexts]]
 
     every = range(len(rows))
-    whole = predicted([(row, 0) for row in every])
+    intact = predicted([(row, 0) for row in every])
     found = np.full((2, len(rows), len(removed)), np.nan)
     for place, start in enumerate(removed.tolist()):
         others = {row: other for row in every if (other := _other(at, row, start)) is not None}
         cut = predicted([*((row, start) for row in every), *others.values()])
-        found[0, :, place] = _distance(whole, cut[: len(rows)]) if start else 0.0
-        found[1, list(others), place] = _distance(whole[list(others)], cut[len(rows) :])
+        found[0, :, place] = _distance(intact, cut[: len(rows)]) if start else 0.0
+        found[1, list(others), place] = _distance(intact[list(others)], cut[len(rows) :])
     return _described(probe, given, valid, at, removed, found)
 
 
@@ -111,7 +111,7 @@ def _queries(
     counts = valid.sum(axis=1)
     if asked is None:
         return counts - 1
-    given = np.asarray(asked)
+    given = array("queries", asked)
     if given.dtype.kind not in "iu" or given.shape not in ((), (len(valid),)):
         raise ValueError(f"queries needs one position, or one a row, (batch = {len(valid)},); got {asked!r}")
     at = np.broadcast_to(given, len(valid)).astype(np.int64)
@@ -126,8 +126,8 @@ def _starts(at: Int[np.ndarray, " batch"], asked: Sequence[int] | np.ndarray | N
     if asked is None:
         steps = 2 ** np.arange(last.bit_length())
         return np.unique(np.concatenate([[0, last], steps, last - steps]))
-    given = np.asarray(asked)
-    if given.ndim != 1 or not given.size or given.dtype.kind not in "iu" or len(np.unique(given)) < len(given):
+    given = np.array(wholes("starts", asked), dtype=np.int64)
+    if not given.size or len(np.unique(given)) < len(given):
         raise ValueError(f"starts is a non-empty list of distinct positions; got {asked!r}")
     if given.min() < 0 or given.max() > last:
         raise ValueError(f"starts must lie in 0 .. {last}, the earliest query, which is never removed; got {asked!r}")

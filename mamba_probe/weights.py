@@ -34,6 +34,8 @@ def read_weights(
     Raises:
         ValueError: layers of different sizes.
     """
+    if layers is not None and not len(layers):
+        raise ValueError("layers is empty; pass None for all")
     chosen = [adapter for adapter in adapters if layers is None or adapter.layer in layers]
     if len({adapter.sizes for adapter in chosen}) > 1:
         listing = "; ".join(f"layers {list(numbers)}: {sizes}" for sizes, numbers in groups.items())

@@ -60,7 +60,10 @@ def dispatch(module: nn.Module, device_map: str | Mapping[str, Any]) -> nn.Modul
 
     whole: list[str] = sorted(getattr(module, "_no_split_modules", None) or ())
     if not isinstance(device_map, str):
-        return dispatch_model(module, device_map=dict(device_map))
+        try:
+            return dispatch_model(module, device_map=dict(device_map))
+        except (ValueError, RuntimeError, TypeError, KeyError) as error:
+            raise ValueError(f"device_map={dict(device_map)!r} cannot be followed: {error}") from error
     memory = None
     if device_map != "sequential":
         low = device_map == "balanced_low_0"

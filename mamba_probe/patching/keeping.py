@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import xarray as xr
 
+from mamba_probe.arguments import path_like
 from mamba_probe.patching.pair import DIMS, recovered
 from mamba_probe.trace.store import open_dataset, save
 
@@ -61,7 +62,7 @@ def opened(whole: xr.Dataset, store: str | PathLike[str] | None) -> Cells:
     blank["measured"] = (DIMS[:2], np.zeros(shape[:2], bool))
     if store is None:
         return Cells(blank, None)
-    path = Path(store)
+    path = Path(path_like("store", store))
     if path.suffix != ".zarr":
         raise ValueError(f"a sweep is kept in a store whose name ends in .zarr, which can grow; got {path.name!r}")
     if not path.exists():

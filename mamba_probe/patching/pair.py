@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mamba_probe import provenance
+from mamba_probe.arguments import texts, wholes
 from mamba_probe.edits import HOOKS
 from mamba_probe.hooks import HookPoint
 from mamba_probe.inputs import ModelInput, checked_input
@@ -146,7 +147,11 @@ def paired(
     width = probe._adapters[0].sizes.width
     given, other = (checked_input(probe.model, width, inputs, None, None, None) for inputs in (base, source))
     _check_alike(given, other)
-    chosen = tuple(probe.layers if layers is None else layers), tuple(range(given.length) if tokens is None else tokens)
+    chosen = (
+        tuple(probe.layers if layers is None else wholes("layers", layers)),
+        tuple(range(given.length) if tokens is None else wholes("tokens", tokens)),
+    )
+    quantities = texts("quantities", quantities)
     for kind, asked, known in (
         ("quantity", tuple(quantities), tuple(QUANTITIES)),
         ("layer", chosen[0], probe.layers),

@@ -10,6 +10,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from mamba_probe.arguments import whole
 from mamba_probe.hooks import HookPoint, parsed
 from mamba_probe.inputs import ModelInput
 from mamba_probe.patching.keeping import Cells, opened
@@ -71,8 +72,7 @@ def sweep(
     array([0., 1., 0., 0., 0.])
     """
     pair = paired(probe, base, source, metric, quantities, layers, tokens)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size is the rows of a forward, at least 1; got {batch_size!r}")
+    batch_size = whole("batch_size", batch_size, 1)
     group = min(len(pair.tokens), max(1, batch_size // pair.base.batch))
     with torch.no_grad():
         before, after = (

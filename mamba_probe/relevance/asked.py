@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from mamba_probe.arguments import array
 from mamba_probe.tasks import Task
 from mamba_probe.trace.contract import unknown_name
 
@@ -66,7 +67,7 @@ def _queries(task: Task, valid: np.ndarray, tokens: str) -> tuple[np.ndarray, st
 
 def _positions(valid: np.ndarray, tokens: Any) -> np.ndarray:
     """Token of each asked position in each row; positions count valid tokens."""
-    wanted, counts = np.asarray(tokens), valid.sum(1)
+    wanted, counts = array("tokens", tokens), valid.sum(1)
     if wanted.ndim not in (1, 2) or not wanted.size or wanted.dtype.kind not in "iu":
         need = "positions: a list for every row, or one list a row (batch, query)"
         raise ValueError(f"tokens are {need}; got {tokens!r}")
@@ -86,7 +87,7 @@ def _targets(task: Task | None, token: np.ndarray, target: Any, vocab: int) -> t
         return np.full(token.shape, -1), "the model's own top logit there"
     if target is None or isinstance(target, str):
         return _answers(task, token), "the task's answer"
-    ids = np.asarray(target)
+    ids = array("target", target)
     ids = ids[:, None] if ids.ndim == 1 else ids
     if ids.dtype.kind not in "iu" or (ids.ndim == 2 and ids.shape not in (token.shape, (len(token), 1))):
         need = f"an id, one a row ({len(token)},), or (batch, query) = {token.shape}"

@@ -9,6 +9,7 @@ import xarray as xr
 from torch import Tensor
 
 from mamba_probe import provenance
+from mamba_probe.arguments import whole
 from mamba_probe.hooks import HookPoint
 from mamba_probe.inputs import ModelInput, checked_input
 from mamba_probe.relevance.explaining import checked_model
@@ -58,8 +59,9 @@ def perturbed(
     checked_model(probe, "perturbed")
     model_hash = provenance.of_model(probe.model)["model_hash"]
     explained = _checked(relevance, others, model_hash)
-    if n_random < 0:
-        raise ValueError(f"n_random is at least 0; got {n_random}")
+    n_random, seed = whole("n_random", n_random), whole("seed", seed)
+    if not isinstance(own, bool):
+        raise ValueError(f"own is True or False; got {own!r}")
     ids, valid = relevance["token_id"].values, relevance["valid"].values
     given = checked_input(probe.model, probe._adapters[0].sizes.width, ids, valid.astype(int), None, None)
     reach = _reach(relevance, own)
@@ -120,11 +122,9 @@ def _counts(most: int) -> np.ndarray:
 def _vector(model: Any, replacement: int | str) -> Tensor:
     """What stands in the place of an embedding."""
     table = model.get_input_embeddings().weight.detach()
-    if replacement == "zero":
+    if isinstance(replacement, str) and replacement == "zero":
         return torch.zeros_like(table[0])
-    if not isinstance(replacement, int) or not 0 <= replacement < len(table):
-        raise ValueError(f'replacement is "zero" or a token id 0 .. {len(table) - 1}; got {replacement!r}')
-    return table[replacement]
+    return table[whole('replacement, "zero" or a token id,', replacement, most=len(table) - 1)]
 
 
 class _Runs:

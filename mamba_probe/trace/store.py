@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from mamba_probe.trace.blocks import whole_rows
-from mamba_probe.trace.coding import SEAL, check_seal, decoded, encoded, seal_of
+from mamba_probe.arguments import path_like
+from mamba_probe.trace.blocks import FINISHED, whole_rows, without_unknown, write_whole
+from mamba_probe.trace.coding import SEAL, check_seal, decoded, encoded, header_of, seal_of
 from mamba_probe.trace.contract import validate
 from mamba_probe.trace.untrusted import check_opened, check_store
 
@@ -165,7 +166,7 @@ def check_suffix(path: str | PathLike[str]) -> Path:
     Raises:
         ValueError: unknown suffix.
     """
-    path = Path(path)
+    path = Path(path_like("a store", path))
     if path.suffix not in SUFFIXES:
         raise ValueError(f"a store's name ends in one of {SUFFIXES}; got {path.name!r}")
     return path

@@ -6,12 +6,13 @@ INSTALLED := .venv/.installed
 OLDEST := .venv/oldest
 PEERS := .venv/peers
 
-.PHONY: help demo test test-long test-oldest test-peers lint bench clean
+.PHONY: help demo test test-long test-oldest test-peers browser lint bench clean
 help:
 	@echo "make demo       record, analyse and draw a trained checkpoint beside its closed form; see report/report.html"
 	@echo "make test       the test suite"
-	@echo "make test-long  the full grids, those of mixers and formats on the oldest transformers, and test-peers"
+	@echo "make test-long  the full grids, those of mixers and formats on the oldest transformers, test-peers, a browser"
 	@echo "make test-peers beside nnsight and TransformerLens (240 MB more)"
+	@echo "make browser    Debian's Chromium and Selenium, for test-long: a report full of hostile text (as root)"
 	@echo "make lint       ruff and pyright"
 	@echo "make bench      the scan's backends against each other on this machine"
 
@@ -44,6 +45,11 @@ test-oldest: $(OLDEST)/.installed
 
 test-peers: $(PEERS)/.installed
 	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest tests/peers
+
+browser: $(INSTALLED)
+	apt-get update --quiet
+	apt-get install --quiet --yes --no-install-recommends chromium chromium-driver
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[browser]"
 
 lint: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lint]"

@@ -27,7 +27,7 @@ from mamba_probe.cli_options import (
     Task,
     What,
 )
-from mamba_probe.cli_steps import answered, err, lines, out, progress
+from mamba_probe.cli_steps import answered, err, headed, lines, out, progress
 
 __all__ = ["app", "main"]
 
@@ -73,8 +73,8 @@ def report(
         say("drawing")
         page = write_report(run, results, out_dir, beside=others)
     for name, result in results.items():
-        _print(f"[bold]{name}[/bold]: ", finding(name, result, others.get(name)), run)
-    out.print(f"[bold]report[/bold]: {page}", highlight=False, soft_wrap=True)
+        _print(name, finding(name, result, others.get(name)), run)
+    out.print(headed("report", page), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -94,8 +94,8 @@ def record(
     with progress() as say:
         run = _record(model, task, text, tokenizer, rows, length, n_pairs, seed, beside, backend, train_length, say)
         run.save(out_dir, overwrite=overwrite)
-    out.print(run.trace.probe, highlight=False)
-    out.print(f"[bold]run[/bold]: {out_dir}", highlight=False, soft_wrap=True)
+    out.print(repr(run.trace.probe), highlight=False)
+    out.print(headed("run", out_dir), highlight=False, soft_wrap=True)
 
 
 @app.command(
@@ -136,7 +136,7 @@ def analyze(
         else:
             paths = draw(name, results[name], out_dir, beside=others.get(name))
     for each, result in results.items():
-        _print(f"[bold]{each}[/bold]: ", finding(each, result, others.get(each)), run)
+        _print(each, finding(each, result, others.get(each)), run)
     out.print(*(str(path) for path in paths), sep="\n", highlight=False, soft_wrap=True)
     if len(results) < len(wanted):
         raise typer.Exit(1)
@@ -198,7 +198,7 @@ def compare_command(
         table.add_row(*row)
     out.print(table)
     out.print(caution(result), soft_wrap=True)
-    out.print(out_dir / f"{name}.nc", *(str(path) for path in paths), sep="\n", highlight=False, soft_wrap=True)
+    out.print(str(out_dir / f"{name}.nc"), *(str(path) for path in paths), sep="\n", highlight=False, soft_wrap=True)
 
 
 @app.command("reproduce")
@@ -237,8 +237,8 @@ def reproduce_command(
     with progress() if err.is_terminal else lines() as say:
         results = reproduce(names, out_dir, seed=seed, overwrite=overwrite, say=say)
     for name, result in results.items():
-        out.print(f"[bold]{name}[/bold]: {sentence(result.rows)}", highlight=False, soft_wrap=True)
-    out.print(f"[bold]page[/bold]: {out_dir / 'index.html'}", highlight=False, soft_wrap=True)
+        out.print(headed(name, sentence(result.rows)), highlight=False, soft_wrap=True)
+    out.print(headed("page", out_dir / "index.html"), highlight=False, soft_wrap=True)
     if failures(results):
         raise typer.Exit(1)
 
@@ -317,7 +317,7 @@ def doctor() -> None:
 
 def _print(head: str, found: Any, run: Any) -> None:
     """What was found, and below it what was found in the reference."""
-    out.print(f"{head}{found.sentence}", highlight=False, soft_wrap=True)
+    out.print(headed(head, found.sentence), highlight=False, soft_wrap=True)
     if run.beside is not None:
         out.print(f"  beside it, {run.beside.trace.attrs['model']}: {found.beside}", highlight=False, soft_wrap=True)
 

@@ -8,10 +8,31 @@ from typing import Any, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
-__all__ = ["answered", "err", "lines", "out", "progress"]
+from mamba_probe.visible import visible
 
-out, err = Console(), Console(stderr=True)
+__all__ = ["Terminal", "answered", "err", "headed", "lines", "out", "progress"]
+
+
+class Terminal(Console):
+    """A console to which text is text: names and messages from anyone are no markup, no emoji and no control codes."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Every string that is printed, and every cell of a table, comes by here."""
+        return super().render_str(visible(text, keep="\n\t"), **options)
+
+
+out, err = Terminal(), Terminal(stderr=True)
+
+
+def headed(head: str, text: object) -> Text:
+    """A bold head, a colon and a text."""
+    return Text.assemble((visible(head), "bold"), ": ", visible(str(text), keep="\n"))
+
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,8 +46,8 @@ def answered(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except (ValueError, OSError) as error:
-            err.print("[bold red]error:[/bold red]", end=" ")
-            err.print(str(error), markup=False, highlight=False, soft_wrap=True)
+            err.print("error:", style="bold red", end=" ")
+            err.print(str(error), highlight=False, soft_wrap=True)
             raise typer.Exit(2) from None
 
     return run
@@ -35,14 +56,14 @@ def answered(command: Callable[P, R]) -> Callable[P, R]:
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
     """One line a step, with its time; on stderr, so that output can be piped."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=err) as bar:
         running: list[Any] = []
 
         def say(step: str) -> None:
             if running:
                 bar.update(running[-1], total=1, completed=1)
-            running.append(bar.add_task(step, total=None))
+            running.append(bar.add_task(visible(step), total=None))
 
         yield say
         if running:
@@ -52,4 +73,4 @@ def progress() -> Iterator[Callable[[str], None]]:
 @contextmanager
 def lines() -> Iterator[Callable[[str], None]]:
     """One plain line a step as it begins, where stderr is no terminal."""
-    yield lambda step: err.print(step, markup=False, highlight=False, soft_wrap=True)
+    yield lambda step: err.print(step, highlight=False, soft_wrap=True)

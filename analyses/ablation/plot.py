@@ -14,6 +14,7 @@ MOST_NAMES = 24
 """Units that are named on the axis, one by one."""
 
 
+@style.names_as_they_are
 def plot(result: xr.Dataset, ax: Any = None, *, kind: str = "effect") -> Any:
     """Draw a result of `measure`; nothing is computed here.
 

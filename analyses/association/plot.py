@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from mamba_probe.analyses.common.style import LTI, NULL, REAL, axes, check
+from mamba_probe.analyses.common.style import LTI, NULL, REAL, axes, check, names_as_they_are
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +21,7 @@ MOST_LINES = 24
 """Lines of a map; of more layers than fit, some spread evenly are drawn."""
 
 
+@names_as_they_are
 def plot(result: xr.Dataset, ax: Any = None, *, kind: str = "map", layer: int | None = None) -> "Axes":
     """Draw a result of `measure`.
 

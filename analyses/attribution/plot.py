@@ -28,6 +28,7 @@ _SERIES = {"": style.REAL, "gradient_": style.LTI, "other_": style.NULL, "baseli
 _WORDS = {"other_": "of another id (null)", "baseline_": "untrained twin (null)"}
 
 
+@style.names_as_they_are
 def plot(result: xr.Dataset, ax: Any = None, *, kind: str = "classes", row: int = 0, query: int = 0) -> Any:
     """Draw a result of `measure`; nothing is computed here.
 

@@ -1,8 +1,29 @@
 """Colours and marks of every figure: one meaning each (colour-blind safe, Okabe and Ito)."""
 
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["LTI", "NULL", "REAL", "axes", "check", "interval_text", "layer_axis", "legend_outside", "log_axis"]
+import numpy as np
+import xarray as xr
+
+from mamba_probe.visible import literal
+
+__all__ = [
+    "LTI",
+    "NULL",
+    "REAL",
+    "axes",
+    "check",
+    "interval_text",
+    "layer_axis",
+    "legend_outside",
+    "log_axis",
+    "names_as_they_are",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 REAL = "#0072B2"
 """The model as it ran."""
@@ -10,6 +31,37 @@ NULL = "#999999"
 """Its shuffled or frozen null."""
 LTI = "#D55E00"
 """Its time-invariant equivalent."""
+
+
+def names_as_they_are(plot: Callable[P, R]) -> Callable[P, R]:
+    """A plot(result, ...) whose names, labels and texts are drawn as they stand, whoever chose them.
+
+    A dollar begins no mathematics, and what is hidden or reorders a line is shown (`mamba_probe.visible`). Texts that a
+    plot writes itself are left alone.
+    """
+
+    @wraps(plot)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> R:
+        given: Any = args
+        if given and isinstance(given[0], xr.Dataset):
+            given = (_literal(given[0]), *given[1:])
+        return plot(*given, **kwargs)
+
+    return drawn
+
+
+def _literal(result: xr.Dataset) -> xr.Dataset:
+    made = result.copy()
+    made.attrs = literal(result.attrs)
+    for name, variable in result.variables.items():
+        attrs = literal(variable.attrs)
+        if variable.dtype.kind in "OUT":
+            values = np.empty(variable.shape, dtype=object)
+            values.ravel()[:] = [literal(each) for each in variable.values.flat]
+            add = made.assign_coords if name in made.coords else made.assign
+            made = add({name: (variable.dims, values, attrs)})
+        made[name].attrs = attrs
+    return made
 
 
 def check(result: Any, analysis: str) -> None:

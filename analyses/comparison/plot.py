@@ -18,6 +18,7 @@ LEVEL = 0.05
 """Holm-adjusted p below which a mark is filled."""
 
 
+@style.names_as_they_are
 def plot(result: xr.Dataset, ax: Any = None, *, kind: str = "difference", variable: str | None = None) -> Any:
     """Draw a result of `compare`; nothing is computed here.
 

@@ -22,6 +22,7 @@ DIVERGING = "PuOr_r"
 """Orange above 0, purple below, white at 0: told apart by the colour-blind."""
 
 
+@style.names_as_they_are
 def plot(
     result: xr.Dataset, ax: Any = None, *, kind: str = "lag", layer: int | None = None, row: int = 0,
     head: int | None = None, series: str = "executed",

@@ -20,6 +20,7 @@ DEEPEST = 1e-4
 """Nothing below this error is drawn to scale: it stands at the foot, hollow."""
 
 
+@style.names_as_they_are
 def plot(result: xr.Dataset, ax: Any = None, *, kernel: Any = None) -> Any:
     """Draw a result of `measure`, one kernel; nothing is computed here.
 

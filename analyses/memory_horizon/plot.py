@@ -13,6 +13,7 @@ __all__ = ["KINDS", "plot"]
 KINDS = ("horizon", "gain", "share", "survival", "token", "decay")
 
 
+@style.names_as_they_are
 def plot(
     result: xr.Dataset, ax: Any = None, *, kind: str = "horizon", level: str | None = None, layer: int | None = None
 ) -> Any:

@@ -26,6 +26,7 @@ IDEAL: dict[str, Any] = {"marker": "D", "markersize": 9, "markerfacecolor": "non
 KINDS = ("signatures", "diagram")
 
 
+@style.names_as_they_are
 def plot(result: xr.Dataset, ax: "Axes | None" = None, *, layer: int | None = None, kind: str = "signatures") -> "Axes":
     """Draw a result of `measure`: a row a signature, and below a row an edit; or the circuit's diagram.
 

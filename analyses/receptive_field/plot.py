@@ -16,6 +16,7 @@ FLOOR = 1e-6
 """Shares below it, as a part of the largest, are not drawn."""
 
 
+@style.names_as_they_are
 def plot(result: xr.Dataset, ax: Any = None, *, kind: str = "distance", layer: int | None = None) -> Any:
     """Draw a result of `measure`; nothing is computed here.
 

@@ -14,6 +14,7 @@ SPREAD = 0.32
 """Half the width in which a class's heads are spread."""
 
 
+@style.names_as_they_are
 def plot(result: xr.Dataset, ax: Any = None, *, kind: str = "ratio", layer: int | None = None) -> Any:
     """Draw a result of `measure`; nothing is computed here.
 

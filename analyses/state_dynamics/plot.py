@@ -20,6 +20,7 @@ SHARES = {
 }
 
 
+@style.names_as_they_are
 def plot(result: xr.Dataset, ax: Any = None, *, kind: str = "decay") -> Any:
     """Draw a result of `measure`.
 

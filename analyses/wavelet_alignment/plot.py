@@ -21,6 +21,7 @@ SERIES = {
 """Label, colour, line and mark of each variant, by the prefix of its names."""
 
 
+@style.names_as_they_are
 def plot(result: xr.Dataset, ax: Any = None, *, kind: str = "cosine", layer: Any = None) -> Any:
     """Draw a result of `measure`; nothing is computed here.
 

@@ -7,6 +7,7 @@ import numpy as np
 import xarray as xr
 
 from mamba_probe.trace.contract import unknown_name
+from mamba_probe.visible import literal
 
 __all__ = ["plot"]
 
@@ -82,10 +83,10 @@ def _texts(result: xr.Dataset, row: int | None, given: Sequence[str] | None) -> 
     if given is not None:
         if isinstance(given, str) or len(given) != n_tokens:
             raise ValueError(f"token_text is a text for each of the {n_tokens} tokens of the result; got {given!r}")
-        return [f"{text}" for text in given]
+        return [literal(f"{text}") for text in given]
     single = 0 if result.sizes["batch"] == 1 else row
     if "token_text" in result.coords and single is not None:
-        return [str(text) for text in result["token_text"].isel(batch=single).values]
+        return [literal(str(text)) for text in result["token_text"].isel(batch=single).values]
     return [str(token) for token in result["token"].values]
 
 
@@ -124,4 +125,4 @@ def _title(result: xr.Dataset, shown: xr.DataArray, rows: int, row: int | None) 
     mean = f"mean over {rows} row{'s' * (rows != 1)}" if rows else "no row in which base and source differ"
     which = mean if row is None else f"row {row}"
     layer = f", layer {shown['layer'].item()}" if shown.sizes["layer"] == 1 else ""
-    return f"{result.attrs['metric']} recovered ({how}), {which}{layer}"
+    return f"{literal(result.attrs['metric'])} recovered ({how}), {which}{layer}"

@@ -10,7 +10,7 @@ import xarray as xr
 
 from mamba_probe.analyses import comparison
 from mamba_probe.analyses.common.analysis import number, span
-from mamba_probe.report.figures import RC
+from mamba_probe.report.figures import RC, saved
 from mamba_probe.run import Run
 
 __all__ = ["caution", "differences", "draw_comparison", "labelled"]
@@ -94,7 +94,5 @@ def draw_comparison(result: xr.Dataset, directory: str | PathLike[str], name: st
             figure = Figure(figsize=(8.5, 4.6), layout="constrained")
             kind = "trajectory" if trajectory else "difference"
             comparison.plot(result, figure.subplots(), kind=kind, variable=variable)
-            paths += [directory / f"{name}-{variable}.png", directory / f"{name}-{variable}.svg"]
-            figure.savefig(paths[-2], dpi=160)
-            figure.savefig(paths[-1], metadata={"Date": None})
+            paths += saved(figure, directory / f"{name}-{variable}")
     return paths

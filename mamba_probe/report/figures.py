@@ -1,5 +1,6 @@
 """One picture an analysis, as PNG for the page and SVG for a paper."""
 
+import io
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -10,12 +11,13 @@ import xarray as xr
 
 from mamba_probe.analyses.common.analysis import Panel, analyses
 from mamba_probe.run import BESIDE
+from mamba_probe.writing import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["draw"]
+__all__ = ["draw", "saved"]
 
 
 RC: dict[Any, Any] = {"svg.hashsalt": "mamba_probe", "svg.fonttype": "none", "font.size": 10}
@@ -43,9 +45,17 @@ def draw(
             for ax, one in zip(row, shown, strict=True):
                 panel.draw(one, ax)
             _align(row, panel.alike)
-        paths = [directory / f"{name}.png", directory / f"{name}.svg"]
-        figure.savefig(paths[0], dpi=160)
-        figure.savefig(paths[1], metadata={"Date": None})
+        return saved(figure, directory / name)
+
+
+def saved(figure: "Figure", stem: Path) -> list[Path]:
+    """Write STEM.png and STEM.svg, each whole."""
+    paths = []
+    for kind, dpi, metadata in (("png", 160, None), ("svg", "figure", {"Date": None})):
+        data = io.BytesIO()
+        figure.savefig(data, format=kind, dpi=dpi, metadata=metadata)
+        paths.append(stem.with_name(f"{stem.name}.{kind}"))
+        write_whole(paths[-1], data.getvalue())
     return paths
 
 

@@ -1,8 +1,6 @@
 """One self-contained HTML page: what was found, against which null, from what."""
 
-import base64
 import json
-import os
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -11,6 +9,7 @@ import numpy as np
 import xarray as xr
 
 from mamba_probe.analyses.common.analysis import number
+from mamba_probe.pages import embedded, write_page
 from mamba_probe.reference import describe, is_closed_form
 from mamba_probe.report.figures import draw
 from mamba_probe.report.findings import finding
@@ -31,25 +30,17 @@ def write_report(
 
     `beside` has the results of the reference `run.beside`, by analysis: a column of the tables, a half of the pictures.
     """
-    from jinja2 import Environment, StrictUndefined
-
     directory, others = Path(directory), beside or {}
     sections = []
     for name, result in results.items():
         png, svg = draw(name, result, directory / figures, beside=others.get(name))[:2]
         found = finding(name, result, others.get(name))
-        sections.append({"name": name, "finding": found, "png": _embedded(png), "svg": svg.name})
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(TEMPLATE.read_text()).render(
-        model=run.trace.attrs["model"], subject=_subject(run.trace), sections=sections, beside=_beside(run),
-        figures=figures, stored=stored, provenance=_provenance(run), parity=_parity(run),
-        parity_error=run.parity.attrs["error"], parity_parting=run.parity.attrs["parting"],
+        sections.append({"name": name, "finding": found, "png": embedded(png), "svg": svg.name})
+    return write_page(
+        directory / "report.html", TEMPLATE.read_text(), model=run.trace.attrs["model"], subject=_subject(run.trace),
+        sections=sections, beside=_beside(run), figures=figures, stored=stored, provenance=_provenance(run),
+        parity=_parity(run), parity_error=run.parity.attrs["error"], parity_parting=run.parity.attrs["parting"],
     )  # fmt: skip
-    path = directory / "report.html"
-    partial = path.with_suffix(".partial")
-    partial.write_text(page)
-    os.replace(partial, path)
-    return path
 
 
 def _beside(run: Run) -> dict[str, str] | None:
@@ -67,10 +58,6 @@ def _beside(run: Run) -> dict[str, str] | None:
         "column": "construction" if is_closed_form(name, given) else "beside it",
         "layer": "the only layer" if trace.sizes["layer"] == 1 else "the layer of the same number",
     }
-
-
-def _embedded(png: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(png.read_bytes()).decode()
 
 
 def _subject(trace: xr.Dataset) -> str:

@@ -1,7 +1,6 @@
 """A training on disk: one file, written whole or not at all, without pickle."""
 
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from os import PathLike
 from pathlib import Path
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mamba_probe.training.config import Config
+from mamba_probe.writing import write_whole
 
-__all__ = ["CHECKPOINT", "Point", "exists", "restore", "store", "write_whole"]
+__all__ = ["CHECKPOINT", "Point", "exists", "restore", "store"]
 
 CHECKPOINT = "checkpoint.safetensors"
 FREE = ("device",)
@@ -37,16 +37,6 @@ class Point:
     def accuracy(self) -> float:
         """Share of the validation queries answered."""
         return self.correct / self.total
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that at every instant its path holds the old content or the new one, on disk."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(unfinished, path)
 
 
 def exists(directory: str | PathLike[str]) -> bool:

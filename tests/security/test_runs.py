@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 import mamba_probe as mp
 from mamba_probe import tasks
 from mamba_probe.cli import app
-from mamba_probe.reference import describe, is_closed_form, named
+from mamba_probe.reference import describe, is_closed_form, load_beside, named
 from mamba_probe.report import labelled, measurable, write_report
 from mamba_probe.run import Run, record_given
 
@@ -24,7 +24,7 @@ def words(text):
 
 @pytest.fixture(scope="module")
 def recorded():
-    return record_given(mp.load("zoo:mqar-mamba1"), tasks.mqar(batch=2, length=16, n_pairs=2, vocab=256))
+    return record_given(load_beside("construction:mamba1", 8), tasks.mqar(batch=2, length=16, n_pairs=2, vocab=8))
 
 
 @pytest.fixture(scope="module")

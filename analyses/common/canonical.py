@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from dask.base import is_dask_collection
 from jaxtyping import Bool, Float, Inexact, Int
 
+from mamba_probe.analyses.common.lazy import read
 from mamba_probe.trace import require
 
 __all__ = ["Canonical", "Row"]
@@ -71,7 +73,7 @@ class Canonical:
 
     def __init__(self, trace: xr.Dataset, *names: str):
         require(trace, *dict.fromkeys(("delta", "A", *names)), "valid", "position")  # what heads and states are
-        self.trace = trace
+        self.trace = trace = _with_coords(trace)
         self.constant = trace.attrs["family"] == "s4d"
         self.zoh = trace.attrs.get("discretization") == "zoh"
         self.head_dim = str(trace["delta"].dims[-1])
@@ -143,7 +145,7 @@ class Canonical:
         Raises:
             ValueError: A is not finite, its real part positive, or complex in another family than S4D.
         """
-        A: Any = self.trace["A"].isel(layer=layer).values
+        A: Any = read(self.trace["A"].isel(layer=layer)).values
         if np.iscomplexobj(A) and not self.constant:
             raise ValueError(f"`A` is complex in a trace of {self.trace.attrs['family']}; only S4D has complex A")
         if not np.all(np.isfinite(A) & (A.real <= 0)):
@@ -209,15 +211,16 @@ class Canonical:
         tokens: slice | Int[np.ndarray, " token"] = slice(None),
     ) -> np.ndarray:  # fmt: skip
         """One variable of one (layer, batch) block, `tokens` of its valid ones; on dask nothing else is computed."""
-        array = self.trace[name].isel(layer=layer)
+        array, where = self.trace[name], {"layer": layer}
         if self.head_dim in array.dims:
-            array = array.isel({self.head_dim: heads})
+            where |= {self.head_dim: heads}
         at = np.flatnonzero(self.valid[row])[tokens]
         if "token" in array.dims:
             run = isinstance(tokens, slice) and len(at) and len(at) == at[-1] + 1 - at[0]  # read as it lies
-            values = array.isel(batch=row, token=slice(at[0], at[-1] + 1) if run else at).values
-        else:
-            values = np.broadcast_to(array.values, (len(at), *array.shape))
+            where |= {"batch": row, "token": slice(at[0], at[-1] + 1) if run else at}
+        values = read(array.isel(where)).values  # at once: of slices of slices dask reads all that the first takes
+        if "token" not in array.dims:
+            values = np.broadcast_to(values, (len(at), *values.shape))
         block = values.astype(np.promote_types(values.dtype, np.float64))
         bad = np.flatnonzero(~np.isfinite(block).all(axis=tuple(range(1, block.ndim))))
         if len(bad):
@@ -226,3 +229,9 @@ class Canonical:
                 f"{self.positions(row)[tokens][bad[0]]}; padding must be marked in `valid`"
             )
         return block
+
+
+def _with_coords(trace: xr.Dataset) -> xr.Dataset:
+    """Its coordinates in memory: they are small, and read often."""
+    lazy = {name: read(coord) for name, coord in trace.coords.items() if is_dask_collection(coord.variable)}
+    return trace.assign_coords(lazy) if lazy else trace

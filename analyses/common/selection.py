@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Inexact
 
 from mamba_probe.analyses.common.canonical import Canonical
+from mamba_probe.analyses.common.lazy import read
 from mamba_probe.analyses.common.runs import runs
 
 __all__ = ["RUN", "Selection"]
@@ -51,7 +52,7 @@ class Selection:
 
 
 def _constant(view: Canonical, name: str, layer: int) -> Inexact[np.ndarray, "head state"]:
-    values = _wide(view.trace[name].isel(layer=layer).transpose(view.head_dim, "state").values)
+    values = _wide(read(view.trace[name].isel(layer=layer).transpose(view.head_dim, "state")).values)
     if not np.all(np.isfinite(values)):
         raise ValueError(f"`{name}` is NaN or infinite in layer {view.layers[layer]}")
     return values

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import xarray as xr
 
-from mamba_probe.analyses.common import Canonical, described, refuse
+from mamba_probe.analyses.common import Canonical, by_layer, described, refuse, stacked
 from mamba_probe.analyses.hidden_attention import core
 from mamba_probe.analyses.hidden_attention.identity import TOLERANCE, Identity
 from mamba_probe.analyses.hidden_attention.plan import Plan, Queries, queries, rules
@@ -81,7 +81,7 @@ def measure(
     plan = Plan(at, label, aggregate, normalise, seed)
     _check_size(view, plan)
     identity = Identity.of(view, weights, tolerance)
-    found = _Rows(view, plan, identity).measured()
+    found = stacked(by_layer([view.trace], lambda layer: _Rows(view, plan, identity, layer).measured()))
     identity.check(found["identity_error"], view, plan.at)
     unit, n_units = units(plan.at)
     found |= summaries(found, plan.at, unit, n_units, n_bootstrap, seed)
@@ -105,13 +105,12 @@ def _check_size(view: Canonical, plan: Plan) -> None:
 
 
 class _Rows:
-    """Everything by (layer, batch, query_token), filled one block of heads at a time."""
+    """Everything of a layer by (batch, query_token), filled one block of heads at a time."""
 
-    def __init__(self, view: Canonical, plan: Plan, identity: Identity):
-        self.view, self.plan, self.identity = view, plan, identity
-        self.place = (view.n_layers, *plan.at.shape)
+    def __init__(self, view: Canonical, plan: Plan, identity: Identity, layer: int):
+        self.view, self.plan, self.identity, self.layer = view, plan, identity, layer
         self.bins = core.lag_bins(int(plan.at.max()) + 1)
-        self.found: dict[str, np.ndarray] = {"identity_error": np.zeros(self.place)}
+        self.found: dict[str, np.ndarray] = {"identity_error": np.zeros(plan.at.shape)}
         wide = (view.n_heads,) if plan.aggregate == "none" else ()
         for prefix in ("", *(f"{kind}_" for kind in KINDS[1:])):
             self._blank(f"{prefix}alpha", *wide, view.trace.sizes["token"])
@@ -121,40 +120,39 @@ class _Rows:
                 self._blank(f"{prefix}{name}", view.n_heads)
 
     def _blank(self, name: str, *shape: int) -> None:
-        self.found[name] = np.full((*self.place, *shape), np.nan)
+        self.found[name] = np.full((*self.plan.at.shape, *shape), np.nan)
 
     def measured(self) -> dict[str, np.ndarray]:
-        for layer in range(self.view.n_layers):
-            for row in range(self.view.n_rows):
-                self._prompt(layer, row)
+        for row in range(self.view.n_rows):
+            self._prompt(row)
         return self.found
 
-    def _prompt(self, layer: int, row: int) -> None:
+    def _prompt(self, row: int) -> None:
         at = self.plan.at[row].tolist()
         totals = {(kind, query): core.Total(self.plan.aggregate) for kind in KINDS for query in range(len(at))}
         sums = {key: np.zeros((2, len(self.bins))) for key in totals}
         scale = np.zeros((len(at), 2))
-        for block in blocks(self.view, layer, row, at, self.plan.seed, self.identity.names):
+        for block in blocks(self.view, self.layer, row, at, self.plan.seed, self.identity.names):
             for kind, query in totals:
                 alpha = block.alpha(kind, at[query])
                 if kind == "executed":
-                    parts = self.identity.parts(layer, block, at[query], alpha)
+                    parts = self.identity.parts(self.layer, block, at[query], alpha)
                     scale[query] = np.maximum(scale[query], parts)
-                self._statistics(kind, (layer, row, query), block.heads, alpha)
+                self._statistics(kind, (row, query), block.heads, alpha)
                 alpha = core.normalised(alpha, self.plan.normalise)
                 totals[kind, query].add(alpha)
                 sums[kind, query] += np.stack(core.by_lag(alpha, self.bins))
         for (kind, query), total in totals.items():
-            self._keep(kind, (layer, row, query), total.row(), sums[kind, query])
-        self.found["identity_error"][layer, row] = scale[:, 0] / np.where(scale[:, 1] == 0, 1.0, scale[:, 1])
+            self._keep(kind, (row, query), total.row(), sums[kind, query])
+        self.found["identity_error"][row] = scale[:, 0] / np.where(scale[:, 1] == 0, 1.0, scale[:, 1])
 
-    def _statistics(self, kind: str, place: tuple[int, int, int], heads: slice, alpha: np.ndarray) -> None:
+    def _statistics(self, kind: str, place: tuple[int, int], heads: slice, alpha: np.ndarray) -> None:
         for name, values in core.statistics(alpha).items():
             self.found[_named(kind, name)][(*place, heads)] = values
 
-    def _keep(self, kind: str, place: tuple[int, int, int], row: np.ndarray, by_lag: np.ndarray) -> None:
+    def _keep(self, kind: str, place: tuple[int, int], row: np.ndarray, by_lag: np.ndarray) -> None:
         """Write a row among the trace's tokens: 0 after the query, NaN at padding."""
-        token = np.flatnonzero(self.view.valid[place[1]])
+        token = np.flatnonzero(self.view.valid[place[0]])
         target = self.found[_named(kind, "alpha")][place]
         target[..., token] = 0.0
         target[..., token[: row.shape[-1]]] = row

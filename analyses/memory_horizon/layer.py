@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float, Int
 
-from mamba_probe.analyses.common import Canonical, Row, runs
+from mamba_probe.analyses.common import Canonical, Row, read, runs
 from mamba_probe.analyses.memory_horizon import core
 from mamba_probe.analyses.memory_horizon.channel import KINDS, Channel, at, statistics, tally
 from mamba_probe.analyses.memory_horizon.options import Options
@@ -64,7 +64,7 @@ def held(view: Canonical, layer: int, names: list[str]) -> Canonical:
         .isel(layer=slice(layer, layer + 1))
         .assign_coords(layer=view.layers[layer : layer + 1])
     )
-    return Canonical(trace.load() if trace.nbytes <= LAYER_BYTES else trace, "delta", "A")
+    return Canonical(read(trace) if trace.nbytes <= LAYER_BYTES else trace, "delta", "A")
 
 
 def blocks(view: Canonical) -> Iterator[slice]:

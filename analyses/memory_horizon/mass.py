@@ -8,7 +8,7 @@ The mean distance is DeciMamba's (Ben-Kish et al. 2024, arXiv 2406.14528); per q
 import numpy as np
 from jaxtyping import Float, Int
 
-from mamba_probe.analyses.common import Canonical, Row, attention_row
+from mamba_probe.analyses.common import Canonical, Row, attention_row, read
 from mamba_probe.analyses.memory_horizon.layer import blocks
 from mamba_probe.analyses.memory_horizon.options import Options
 from mamba_probe.analyses.memory_horizon.summary import with_interval
@@ -72,7 +72,7 @@ class _Frame:
         self.zoh, self.A = view.zoh, view.matrix(0)[heads]
         if view.constant:  # one B and C for all tokens: kept so
             index = {"layer": 0, view.head_dim: heads}
-            self.B, self.C = (view.trace[name].isel(index).values[None].astype(complex) for name in ("B", "C"))
+            self.B, self.C = (read(view.trace[name].isel(index)).values[None].astype(complex) for name in ("B", "C"))
             self.groups = np.arange(len(self.A))
         else:
             (self.B, self.C), self.groups = view.selection(0, row), view.groups()[heads]

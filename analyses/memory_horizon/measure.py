@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import xarray as xr
 
-from mamba_probe.analyses.common import Canonical, described, refuse
+from mamba_probe.analyses.common import Canonical, by_layer, described, refuse, stacked
 from mamba_probe.analyses.memory_horizon.asked import asked, asked_levels
 from mamba_probe.analyses.memory_horizon.labels import entry, level_free
 from mamba_probe.analyses.memory_horizon.layer import held, measure_layer
@@ -81,21 +81,31 @@ def measure(
     options = asked(view, tokens, event_tokens, epsilon, token_blocks, mass, n_bootstrap, seed)
     placed = checked(view, jacobian)
     sources = next(iter(placed.values()))["source_token"].values.tolist() if placed else []
-    layers = []
-    for place in range(view.n_layers):
-        layer = held(view, place, names)
-        at_levels = [measure_layer(layer, place, retention, options) for retention in levels.values()]
-        if sources:
-            for one, retention in zip(at_levels, levels.values(), strict=True):
-                one |= measure_sources(layer, placed.get(place), sources, retention)
-        at_levels[0] |= measure_steps(layer, place, options) | (measure_mass(layer, options) if mass else {})
-        layers.append(at_levels)
-    found = [{name: np.stack([one[name] for one in level]) for name in level[0]} for level in zip(*layers, strict=True)]
+    layers = by_layer(
+        [view.trace],
+        lambda place, jacobian: _at_levels(view, place, names, list(levels.values()), options, sources, jacobian),
+        [placed.get(place) for place in range(view.n_layers)],
+    )
+    found = [stacked(list(level)) for level in zip(*layers, strict=True)]
     attrs = _attrs(view, options, levels) | _jacobian_attrs(placed)
     coords = view.coords() | _coords(view, options, sources)
     return _joined(
         [described(_entries(view, one), coords, attrs) for one in found], levels, isinstance(level, float | str)
     )
+
+
+def _at_levels(
+    view: Canonical, place: int, names: list[str], levels: list[float], options: Options, sources: list[int],
+    jacobian: xr.Dataset | None,
+) -> list[dict[str, np.ndarray]]:  # fmt: skip
+    """What one layer gives at each level; the first holds what no level enters."""
+    layer = held(view, place, names)
+    found = [measure_layer(layer, place, level, options) for level in levels]
+    if sources:
+        for one, level in zip(found, levels, strict=True):
+            one |= measure_sources(layer, jacobian, sources, level)
+    found[0] |= measure_steps(layer, place, options) | (measure_mass(layer, options) if options.mass else {})
+    return found
 
 
 def _entries(view: Canonical, found: dict[str, np.ndarray]) -> dict:

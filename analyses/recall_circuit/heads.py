@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int
 
-from mamba_probe.analyses.common import Canonical, attention_row, described, interval
+from mamba_probe.analyses.common import Canonical, attention_row, by_layer, described, interval
 from mamba_probe.analyses.common.proportion import wilson
 from mamba_probe.analyses.recall_circuit.core import ratio, silu
 from mamba_probe.analyses.recall_circuit.stream import selection
@@ -62,9 +62,11 @@ def induction_heads(
     if not asked:
         raise ValueError("no token of the trace has a `source_token`: record mp.tasks.repeated_tokens(...)")
     tallies = np.array(
-        [[_tally(canonical, layer, row, *each, tuple(offsets)) for row, each in asked.items()]
-         for layer in range(canonical.n_layers)]
-    )  # fmt: skip
+        by_layer(
+            [canonical.trace],
+            lambda layer: [_tally(canonical, layer, row, *each, tuple(offsets)) for row, each in asked.items()],
+        )
+    )
     found = ratio(*(tallies.sum(axis=1)[:, i] for i in (0, 1)))
     low, high = interval(lambda draws: _share(draws, tallies), len(asked), n_bootstrap, seed)
     beside, given = (ratio(*(tallies.sum(axis=1)[:, i] for i in pair)) for pair in ((2, 3), (4, 5)))

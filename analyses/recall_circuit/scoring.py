@@ -7,7 +7,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int
 
-from mamba_probe.analyses.common import Canonical, interval
+from mamba_probe.analyses.common import Canonical, by_layer, interval
 from mamba_probe.analyses.recall_circuit.core import (
     Questions,
     gated_output,
@@ -62,13 +62,20 @@ class Scores:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer: tallies of every offset and prompt, what heads and states carry, and the identity's error."""
+    """One layer at its best offset: tallies of every prompt, what heads and states carry, and the identity's error.
 
-    tallies: Float[np.ndarray, "offset row kind signature part"]
-    carried: Float[np.ndarray, "offset head"]
-    matched: Float[np.ndarray, "offset group state"]
+    Attributes:
+        weighed: value and null of the signatures that are no sums over prompts.
+    """
+
+    tallies: Float[np.ndarray, "row kind signature part"]
+    carried: Float[np.ndarray, " head"]
+    matched: Float[np.ndarray, "group state"]
     identity: float | None
-    static: LayerWeights
+    offset: int
+    weighed: dict[str, tuple[float, float]]
+    taps: dict[str, Float[np.ndarray, " lag"]]
+    shifted: Float[np.ndarray, " feature"]
 
 
 def score(
@@ -76,26 +83,30 @@ def score(
     offsets: Sequence[int], n_bootstrap: int, seed: int,
 ) -> Scores:  # fmt: skip
     """Score `questions` (batch index -> its queries) in every layer."""
-    layers = [_layer(canonical, i, weights, questions, values, offsets, seed) for i in range(canonical.n_layers)]
-    best = [_best_offset(ratio_of(one.tallies.sum(axis=1))) for one in layers]
-    chosen = np.stack([one.tallies[i] for one, i in zip(layers, best, strict=True)], axis=-2)
+    rows = weights["unembedding"].isel(vocab=values).values.astype(np.float64)
+    norm = weights["norm_f"].values.astype(np.float64)
+    kept = weights.drop_vars("unembedding")  # the largest of all, and of no layer
+    layers = by_layer(
+        [canonical.trace],
+        lambda i, own: _layer(canonical, i, own, questions, rows, norm, offsets, seed),
+        [kept.sel(layer=[number]) for number in canonical.layers],
+    )
+    chosen = np.stack([one.tallies for one in layers], axis=-2)
     measured = ratio_of(chosen.sum(axis=0))
     bounds = interval(lambda draws: ratio_of(np.tensordot(draws, chosen[:, 0], axes=1)), len(chosen), n_bootstrap, seed)
     found = dict(zip(("value", "null", "low", "high"), (_spread(each) for each in (*measured, *bounds)), strict=True))
     for i, one in enumerate(layers):
-        for name, (value, null) in _of_weights(canonical, i, one.static, offsets[best[i]]).items():
+        for name, (value, null) in one.weighed.items():
             found["value"][IDS.index(name), i], found["null"][IDS.index(name), i] = value, null
     found["null"][[bool(why) for why in absent(canonical.trace.attrs["family"], "u" in canonical.trace)]] = np.nan
-    carried, matched = (
-        np.array([getattr(one, of)[i] for one, i in zip(layers, best, strict=True)]) for of in ("carried", "matched")
-    )
+    carried, matched = (np.array([getattr(one, of) for one in layers]) for of in ("carried", "matched"))
     return Scores(
         **found,
-        offset=np.array([offsets[i] for i in best]),
-        taps={name: np.array([one.static.paths[name].taps for one in layers]) for name in layers[0].static.paths},
+        offset=np.array([one.offset for one in layers]),
+        taps={name: np.array([one.taps[name] for one in layers]) for name in layers[0].taps},
         carried=ratio(carried, carried.sum(axis=1, keepdims=True)),
         matched=ratio(matched, matched.sum(axis=(1, 2), keepdims=True)),
-        shifted=np.array([_shifted(one.static, offsets[i] + 1) for one, i in zip(layers, best, strict=True)]),
+        shifted=np.array([one.shifted for one in layers]),
         identity=np.array([one.identity for one in layers if one.identity is not None]),
     )
 
@@ -128,12 +139,11 @@ def _best_offset(value: Float[np.ndarray, "offset kind signature"]) -> int:
 
 def _layer(
     canonical: Canonical, i: int, weights: xr.Dataset, questions: dict[int, Questions],
-    values: Int[np.ndarray, " value"], offsets: Sequence[int], seed: int,
+    rows: Float[np.ndarray, "value model"], norm: Float[np.ndarray, " model"], offsets: Sequence[int], seed: int,
 ) -> _Layer:  # fmt: skip
-    """Tallies of one layer."""
+    """One layer; `rows` of the unembedding, `norm` before it."""
     static = layer_weights(weights, int(canonical.layers[i]), canonical.trace.attrs["family"])
-    rows = weights["unembedding"].isel(vocab=values).values.astype(np.float64)
-    read = readout(rows, weights["norm_f"].values.astype(np.float64), static.out_proj)
+    read = readout(rows, norm, static.out_proj)
     tallies, swapped, errors = [], [], []
     for row, asked in questions.items():
         stream = Stream(canonical, i, row)
@@ -148,7 +158,13 @@ def _layer(
             errors.append(identity_error(gated, static.out_proj, out, static.norm_groups))
     totals = [np.concatenate([one.totals, swap], axis=2) for one, swap in zip(tallies, swapped, strict=True)]
     carried, matched = (np.sum([getattr(one, of) for one in tallies], axis=0) for of in ("carried", "matched"))
-    return _Layer(np.stack(totals, axis=1), carried, matched, max(errors, default=None), static)
+    tallied = np.stack(totals, axis=1)
+    best = _best_offset(ratio_of(tallied.sum(axis=1)))
+    taps = {name: path.taps for name, path in static.paths.items()}
+    return _Layer(
+        tallied[best], carried[best], matched[best], max(errors, default=None), offsets[best],
+        _of_weights(canonical, i, static, offsets[best]), taps, _shifted(static, offsets[best] + 1),
+    )  # fmt: skip
 
 
 def _swapped(

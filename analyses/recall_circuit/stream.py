@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float, Inexact, Int
 
-from mamba_probe.analyses.common import Canonical, runs
+from mamba_probe.analyses.common import Canonical, read, runs
 from mamba_probe.analyses.recall_circuit.core import Prompt, Run
 
 __all__ = ["RUN_BYTES", "Stream", "selection"]
@@ -22,7 +22,7 @@ def selection(
     """B or C of valid tokens; where it is constant (S4D) one copy stands for all tokens."""
     if not canonical.constant:
         return canonical.load(name, layer, row, tokens=tokens)
-    one = canonical.trace[name].isel(layer=layer).values
+    one = read(canonical.trace[name].isel(layer=layer)).values
     n = len(canonical.positions(row)[tokens])
     return np.broadcast_to(one.astype(np.promote_types(one.dtype, np.float64)), (n, *one.shape))
 

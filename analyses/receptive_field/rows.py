@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-from mamba_probe.analyses.common import Canonical, runs
+from mamba_probe.analyses.common import Canonical, by_layer, runs, stacked
 from mamba_probe.analyses.hidden_attention.core import statistics
 from mamba_probe.analyses.hidden_attention.stream import KINDS, blocks
 from mamba_probe.analyses.receptive_field import core
@@ -33,11 +33,19 @@ class Mixer:
 
 def mixer(view: Canonical, queries: Int[np.ndarray, "row query"], profiled: int, seed: int) -> Mixer:
     """Read every row at its `queries`, -1 for none; at one that all rows have, `profiled`, its sources' sizes too."""
-    place = (view.n_layers, *queries.shape)
-    sums = {kind: np.zeros((2, *place)) for kind in KINDS}
-    heads = np.zeros((2, view.n_layers, queries.shape[1], view.n_heads))
-    size = {kind: np.zeros((*place[:2], profiled + 1)) for kind in KINDS}
-    for layer, row in np.ndindex(place[:2]):
+    layers = by_layer([view.trace], lambda layer: _mixer(view, queries, profiled, seed, layer))
+    distance, heads, size = zip(*layers, strict=True)
+    return Mixer(stacked(list(distance)), np.stack(heads), stacked(list(size)))
+
+
+def _mixer(
+    view: Canonical, queries: Int[np.ndarray, "row query"], profiled: int, seed: int, layer: int
+) -> tuple[dict[str, Float[np.ndarray, "row query"]], Float[np.ndarray, "query head"], dict[str, np.ndarray]]:
+    """The same of one layer: distance and size by kind, head_distance between them."""
+    sums = {kind: np.zeros((2, *queries.shape)) for kind in KINDS}
+    heads = np.zeros((2, queries.shape[1], view.n_heads))
+    size = {kind: np.zeros((len(queries), profiled + 1)) for kind in KINDS}
+    for row in range(len(queries)):
         wanted = [at for at in np.unique(queries[row]).tolist() if at >= 0]
         for block in blocks(view, layer, row, wanted, seed):
             for kind in KINDS:
@@ -45,13 +53,13 @@ def mixer(view: Canonical, queries: Int[np.ndarray, "row query"], profiled: int,
                     alpha, here = block.alpha(kind, at), np.flatnonzero(queries[row] == at)
                     found = statistics(alpha)["mean_distance"]
                     parts = np.stack([np.nan_to_num(found), ~np.isnan(found)])
-                    sums[kind][:, layer, row, here] += parts.sum(axis=1)[:, None]
+                    sums[kind][:, row, here] += parts.sum(axis=1)[:, None]
                     if kind == "executed":
-                        heads[:, layer, here, block.heads] += parts[:, None]
+                        heads[:, here, block.heads] += parts[:, None]
                     if at == profiled:
-                        held = size[kind][layer, row]
+                        held = size[kind][row]
                         np.hypot(held, core.norm(alpha.T), out=held)
-    return Mixer({kind: _ratio(*both) for kind, both in sums.items()}, _ratio(*heads), size)
+    return {kind: _ratio(*both) for kind, both in sums.items()}, _ratio(heads[0], heads[1]), size
 
 
 def _ratio(total: np.ndarray, count: np.ndarray) -> np.ndarray:
@@ -60,27 +68,32 @@ def _ratio(total: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 def retentions(view: Canonical, length: int, top: float) -> Float[np.ndarray, "both=2 layer row head"]:
     """What is left of a write after the first `length` tokens: delta clamped, and as it is."""
-    found = np.zeros((2, view.n_layers, view.n_rows, view.n_heads))
+    return np.stack(by_layer([view.trace], lambda layer: _retentions(view, length, top, layer)), axis=1)
+
+
+def _retentions(view: Canonical, length: int, top: float, layer: int) -> Float[np.ndarray, "both=2 row head"]:
+    found, decay = np.zeros((2, view.n_rows, view.n_heads)), view.decay(layer)
     chunks = np.cumsum(view.trace["delta"].chunksizes.get(view.head_dim, ()))
-    for layer in range(view.n_layers):
-        decay = view.decay(layer)
-        for heads in runs(view.n_heads, chunks, max(1, HELD_BYTES // (8 * length))):
-            for row in range(view.n_rows):
-                delta = view.load("delta", layer, row, heads, slice(length))
-                for kind, steps in enumerate((core.clamped(delta, top), delta)):
-                    found[kind, layer, row, heads] = core.retention(steps, decay[heads])
+    for heads in runs(view.n_heads, chunks, max(1, HELD_BYTES // (8 * length))):
+        for row in range(view.n_rows):
+            delta = view.load("delta", layer, row, heads, slice(length))
+            for kind, steps in enumerate((core.clamped(delta, top), delta)):
+                found[kind, row, heads] = core.retention(steps, decay[heads])
     return found
 
 
 def distances(view: Canonical, name: str) -> Float[np.ndarray, "row layer"]:
     """Token distance of a variable over (layer, batch, token, model); a run of tokens at a time."""
-    found, width = np.full((view.n_rows, view.n_layers), np.nan), view.trace.sizes["model"]
+    rows = range(view.n_rows)
+    return np.array(by_layer([view.trace], lambda layer: [_distance(view, name, layer, row) for row in rows])).T
+
+
+def _distance(view: Canonical, name: str, layer: int, row: int) -> float:
+    n_tokens, width = len(view.positions(row)), view.trace.sizes["model"]
     edges: Int[np.ndarray, " chunk"] = np.cumsum([0, *view.trace[name].chunksizes.get("token", ())])
-    for row, layer in np.ndindex(found.shape):
-        n_tokens, total, square = len(view.positions(row)), np.zeros(width), 0.0
-        ends = sorted({int(view.valid[row, :edge].sum()) for edge in edges[1:].tolist()} - {0})
-        for tokens in runs(n_tokens, ends, max(1, HELD_BYTES // (8 * width))):
-            values = view.load(name, layer, row, tokens=tokens)
-            total, square = total + values.sum(axis=0), square + float(np.sum(values**2))
-        found[row, layer] = core.token_distance(n_tokens, total, square)
-    return found
+    ends = sorted({int(view.valid[row, :edge].sum()) for edge in edges[1:].tolist()} - {0})
+    total, square = np.zeros(width), 0.0
+    for tokens in runs(n_tokens, ends, max(1, HELD_BYTES // (8 * width))):
+        values = view.load(name, layer, row, tokens=tokens)
+        total, square = total + values.sum(axis=0), square + float(np.sum(values**2))
+    return core.token_distance(n_tokens, total, square)

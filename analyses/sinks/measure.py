@@ -4,7 +4,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Float, Shaped
 
-from mamba_probe.analyses.common import Canonical, described, interval, refuse
+from mamba_probe.analyses.common import Canonical, by_layer, described, interval, refuse
 from mamba_probe.analyses.common.result import Entry
 from mamba_probe.analyses.sinks import core
 from mamba_probe.analyses.sinks.classes import classes as classes_of
@@ -71,7 +71,7 @@ def measure(
     names, member = _member(chosen, view)
     if ablated is not None:
         check(ablated, view, member, names)
-    layers = [read(view, member, layer, n_shifts, seed) for layer in range(view.n_layers)]
+    layers = by_layer([view.trace], lambda layer: read(view, member, layer, n_shifts, seed))
     size, whole = member.sum(axis=2), member.sum(axis=2) == view.valid.sum(axis=1)
     count = np.where(whole, 0, size).sum(axis=1)
     found = _by_head(layers, threshold, count, (member.any(axis=2) & ~whole).sum(axis=1)) | _by_layer(

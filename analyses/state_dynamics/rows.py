@@ -1,11 +1,12 @@
 """What each (layer, prompt) gives, filled one block of heads at a time."""
 
+from copy import copy
 from itertools import product
 
 import numpy as np
 from jaxtyping import Int
 
-from mamba_probe.analyses.common import Canonical
+from mamba_probe.analyses.common import Canonical, by_layer, stacked
 from mamba_probe.analyses.state_dynamics import core
 from mamba_probe.analyses.state_dynamics.asked import Asked
 from mamba_probe.analyses.state_dynamics.stream import KINDS, Block, blocks
@@ -25,7 +26,8 @@ class Rows:
     """Numbers by layer, prompt and head.
 
     Attributes:
-        found: by name: mean_delta and shares (layer, batch, head); sizes (layer, batch, query_token, sized); growth
+        found: by name: rate, the decay (layer, head, decay); mean_delta and shares (layer, batch, head); sizes
+            (layer, batch, query_token, sized); growth
             (layer, batch, head) and layer_mean_square (layer, batch, sample), each with its null_order; sums of the
             moments over rows (layer, sample, head).
         samples: tokens after which states are taken, in the longest row.
@@ -37,27 +39,29 @@ class Rows:
         self.samples = asked.samples(int(view.valid.sum(axis=1).max()))
         self.source = next((name for name in "hx" if name in view.trace), "")
         self.kinds = ("", "null_order_") if "x" in view.trace else ("",)
-        rows, size = (view.n_layers, view.n_rows), len(asked.sized)
-        self.found: dict[str, np.ndarray] = {"mean_delta": np.full((*rows, view.n_heads), np.nan)}
-        for name in SATURATED:
-            self.found |= {f"{null}{name}_share": np.full((*rows, view.n_heads), np.nan) for null in ("", "null_lti_")}
-        for kind in KINDS:
-            self.found |= {_named(kind, n): np.full((*rows, asked.at.shape[1], size), np.nan) for n in SIZES}
-        if self.source:
-            self._blank_states()
-
-    def _blank_states(self) -> None:
-        view, n_samples = self.view, len(self.samples)
-        wide = (view.n_layers, n_samples, view.n_heads)
-        if 8 * len(MOMENTS) * np.prod(wide, dtype=float) > RESULT_BYTES:
+        self.found: dict[str, np.ndarray] = {}
+        wide = (view.n_layers, len(self.samples), view.n_heads)
+        if self.source and 8 * len(MOMENTS) * np.prod(wide, dtype=float) > RESULT_BYTES:
             raise ValueError(
-                f"{n_samples} samples of the states of {wide[0]} layers and {wide[2]} heads would take more than "
+                f"{wide[1]} samples of the states of {wide[0]} layers and {wide[2]} heads would take more than "
                 f"{RESULT_BYTES / 2**30:.1f} GiB: give a larger every=, or fewer layers (trace.sel)"
             )
-        self.found |= {name: np.zeros(wide) for name in MOMENTS}
-        for null in self.kinds:
-            self.found[f"{null}growth"] = np.full((view.n_layers, view.n_rows, view.n_heads), np.nan)
-            self.found[f"{null}layer_mean_square"] = np.full((view.n_layers, view.n_rows, n_samples), np.nan)
+
+    def _blank(self) -> dict[str, np.ndarray]:
+        """What a layer fills."""
+        by_head = (self.view.n_rows, self.view.n_heads)
+        sized = (self.view.n_rows, self.asked.at.shape[1], len(self.asked.sized))
+        found = {"mean_delta": np.full(by_head, np.nan)}
+        for name in SATURATED:
+            found |= {f"{null}{name}_share": np.full(by_head, np.nan) for null in ("", "null_lti_")}
+        for kind in KINDS:
+            found |= {_named(kind, name): np.full(sized, np.nan) for name in SIZES}
+        if self.source:
+            found |= {name: np.zeros((len(self.samples), self.view.n_heads)) for name in MOMENTS}
+            for null in self.kinds:
+                found[f"{null}growth"] = np.full(by_head, np.nan)
+                found[f"{null}layer_mean_square"] = np.full((self.view.n_rows, len(self.samples)), np.nan)
+        return found
 
     @property
     def n_states(self) -> int:
@@ -66,10 +70,15 @@ class Rows:
 
     def measured(self) -> "Rows":
         """Go through every layer and prompt."""
-        for layer in range(self.view.n_layers):
-            for row in range(self.view.n_rows):
-                self._prompt(layer, row)
+        self.found = stacked(by_layer([self.view.trace], self._layer))
         return self
+
+    def _layer(self, layer: int) -> dict[str, np.ndarray]:
+        one = copy(self)
+        one.found = self._blank() | {"rate": self.view.decay(layer)}
+        for row in range(self.view.n_rows):
+            one._prompt(layer, row)
+        return one.found
 
     def _prompt(self, layer: int, row: int) -> None:
         view, n_tokens = self.view, len(self.view.positions(row))
@@ -77,17 +86,17 @@ class Rows:
         samples = self.asked.samples(n_tokens)
         squares = {null: np.zeros(len(samples)) for null in self.kinds}
         for block in blocks(view, layer, row, samples):
-            self._steps(block, layer, row)
-            self._sizes(block, layer, row, order)
+            self._steps(block, row)
+            self._sizes(block, row, order)
             if self.source and len(samples):
                 for null in self.kinds:
-                    self._states(null, block, layer, row, samples, order, squares[null])
+                    self._states(null, block, row, samples, order, squares[null])
         if self.source:
             for null, square in squares.items():
-                self.found[f"{null}layer_mean_square"][layer, row, : len(samples)] = square / view.n_heads
+                self.found[f"{null}layer_mean_square"][row, : len(samples)] = square / view.n_heads
 
-    def _steps(self, block: Block, layer: int, row: int) -> None:
-        mean, place = block.delta.mean(axis=0), (layer, row, block.heads)
+    def _steps(self, block: Block, row: int) -> None:
+        mean, place = block.delta.mean(axis=0), (row, block.heads)
         self.found["mean_delta"][place] = mean
         rate = np.abs(np.real(block.A))
         for name, of in core.saturation(block.delta, rate, self.asked.saturation).items():
@@ -95,7 +104,7 @@ class Rows:
         for name, of in core.saturation(mean[None], rate, self.asked.saturation).items():
             self.found[f"null_lti_{name}_share"][place] = of[0]
 
-    def _sizes(self, block: Block, layer: int, row: int, order: Int[np.ndarray, " token"]) -> None:
+    def _sizes(self, block: Block, row: int, order: Int[np.ndarray, " token"]) -> None:
         sized = self.asked.sized
         inside = np.flatnonzero((sized >= block.heads.start) & (sized < block.heads.stop))
         for start, kind in product(range(0, len(inside), AT_ONCE), KINDS):
@@ -104,19 +113,19 @@ class Rows:
             for query, at in enumerate(self.asked.at[row].tolist()):
                 sizes = core.effective(taken.singular(at), self.asked.tolerance * taken.scale(at))
                 for name, values in zip(SIZES, sizes, strict=True):
-                    self.found[_named(kind, name)][layer, row, query, here] = values
+                    self.found[_named(kind, name)][row, query, here] = values
 
     def _states(
-        self, null: str, block: Block, layer: int, row: int, samples: Int[np.ndarray, " sample"],
+        self, null: str, block: Block, row: int, samples: Int[np.ndarray, " sample"],
         order: Int[np.ndarray, " token"], square: np.ndarray,
     ) -> None:  # fmt: skip
         source = block.reordered(order) if null else block
         moments = np.stack([core.moments(h) for h in source.states(samples)], axis=1)
-        self.found[f"{null}growth"][layer, row, block.heads] = core.growth(moments[2], samples + 1)
+        self.found[f"{null}growth"][row, block.heads] = core.growth(moments[2], samples + 1)
         square += (moments[2] ** 2).sum(axis=1)
         if not null:
             for name, values in zip(MOMENTS, moments, strict=True):
-                self.found[name][layer, : len(samples), block.heads] += values
+                self.found[name][: len(samples), block.heads] += values
 
 
 def _named(kind: str, name: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float, Inexact, Int
 
-from mamba_probe.analyses.common import Canonical, runs
+from mamba_probe.analyses.common import Canonical, read, runs
 from mamba_probe.analyses.state_dynamics import core
 
 __all__ = ["KINDS", "Block", "blocks"]
@@ -163,5 +163,5 @@ def _selection(view: Canonical, name: str, layer: int, row: int) -> np.ndarray:
     """B or C of the valid tokens; one row for all where it is constant."""
     if not view.constant:
         return view.load(name, layer, row)
-    values = view.trace[name].isel(layer=layer).transpose(view.head_dim, "state").values
+    values = read(view.trace[name].isel(layer=layer).transpose(view.head_dim, "state")).values
     return values.astype(np.promote_types(values.dtype, np.float64))[None]

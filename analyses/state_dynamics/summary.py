@@ -22,8 +22,7 @@ def summaries(view: Canonical, rows: Rows) -> dict[str, np.ndarray]:
     """Every number of a result by name; the sums over prompts in `rows` become means."""
     asked, found = rows.asked, dict(rows.found)
     n_tokens = view.valid.sum(axis=1)
-    rate = np.stack([view.decay(layer) for layer in range(view.n_layers)])
-    mean_delta = found.pop("mean_delta")
+    rate, mean_delta = found.pop("rate"), found.pop("mean_delta")
     statistics: dict[str, Callable[[Draws], np.ndarray]] = {
         "layer_lyapunov": lambda draws: _quantiles(_exponent(rate, mean_delta, draws * n_tokens))
     }

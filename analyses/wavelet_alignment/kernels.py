@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import dask.config
 import numpy as np
 import xarray as xr
 from jaxtyping import Float, Inexact, Int
 
-from mamba_probe.analyses.common import Canonical, Selection, attention_row
+from mamba_probe.analyses.common import Canonical, Selection, attention_row, read
 from mamba_probe.analyses.wavelet_alignment import core
 from mamba_probe.analyses.wavelet_alignment.selection import frozen
 from mamba_probe.trace import require
@@ -55,8 +54,8 @@ class TraceKernels:
 
     def __init__(self, trace: xr.Dataset, kind: str, read_out: object, seed: int) -> None:
         names = ("delta", "A") if kind == "write" else ("delta", "A", "B", "C")
-        self.trace, self.kind, self.seed = _trimmed(trace, *names), kind, seed
-        self.view = view = Canonical(self.trace, *names)
+        self.kind, self.seed = kind, seed
+        self.view = view = Canonical(_trimmed(trace, *names), *names)
         rule = trace.attrs.get("discretization")
         if rule not in ("euler", "zoh"):
             raise ValueError(f"wavelet_alignment needs a trace of discretization 'euler' or 'zoh'; it says {rule!r}")
@@ -90,21 +89,20 @@ class TraceKernels:
         A, (selection, groups) = self.view.matrix(layer), self._selection(layer, row, queries)
         n_tokens = len(self.positions(row))
         order = np.random.default_rng([self.seed, row]).permutation(n_tokens)
-        chunks, size = self.trace["delta"].chunksizes.get(self.head_dim, ()), max(1, AT_ONCE // n_tokens)
-        for read in _slices(self.view.n_heads, chunks, max(1, READ // n_tokens)):
-            delta = self._steps(layer, row, read)
+        chunks, size = self.view.trace["delta"].chunksizes.get(self.head_dim, ()), max(1, AT_ONCE // n_tokens)
+        for part in _slices(self.view.n_heads, chunks, max(1, READ // n_tokens)):
+            delta = self._steps(layer, row, part)
             for start in range(0, delta.shape[1], size):
                 steps = np.ascontiguousarray(delta[:, start : start + size].T, dtype=np.float64)
-                heads = slice(read.start + start, read.start + start + len(steps))
+                heads = slice(part.start + start, part.start + start + len(steps))
                 yield _Block(heads, steps, A[heads], groups[heads], selection, order, self.view.zoh)
 
     def _steps(self, layer: int, row: int, heads: slice) -> Float[np.ndarray, "token head"]:
         """Step sizes as stored, checked in place: `Canonical.row` would hold several copies in float64."""
         if self.view.constant:
             return self.view.row(layer, row, heads).delta
-        found = self.trace["delta"].isel({"layer": layer, "batch": row, self.head_dim: heads})
-        with _alone():
-            delta = found.transpose("token", self.head_dim).values
+        found = self.view.trace["delta"].isel({"layer": layer, "batch": row, self.head_dim: heads})
+        delta = read(found.transpose("token", self.head_dim)).values
         valid = self.view.valid[row]
         delta = delta if valid.all() else delta[valid]
         if not (delta.min() >= 0 and delta.max() < np.inf):
@@ -116,8 +114,7 @@ class TraceKernels:
         if self.kind == "write":
             one = np.ones((1, self.view.n_states))
             return Selection(one[None], dict.fromkeys(queries, one), one, one), np.zeros(self.view.n_heads, dtype=int)
-        with _alone():
-            return Selection.of(self.view, layer, row, queries, "F"), self.view.groups()
+        return Selection.of(self.view, layer, row, queries, "F"), self.view.groups()
 
 
 @dataclass(frozen=True)
@@ -211,11 +208,6 @@ class BlockKernels:
 
 
 Kernels = TraceKernels | BlockKernels
-
-
-def _alone() -> Any:
-    """Dask reads in this thread: many measurements side by side would each start a pool of threads, to no gain."""
-    return dask.config.set(scheduler="synchronous")
 
 
 def _trimmed(trace: xr.Dataset, *names: str) -> xr.Dataset:

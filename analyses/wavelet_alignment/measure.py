@@ -1,6 +1,6 @@
 """Trace or Jacobian in, wavelet alignment out: validation, and what each number means."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int
 
-from mamba_probe.analyses.common import described, refuse
+from mamba_probe.analyses.common import by_layer, described, refuse
 from mamba_probe.analyses.lti_limits.core import checked_counts
 from mamba_probe.analyses.wavelet_alignment import core, labels, summaries
 from mamba_probe.analyses.wavelet_alignment.basis import Basis, window_length
@@ -239,9 +239,34 @@ def _measured(source: Kernels, twin: Kernels | None, plan: Plan, n_kept: int) ->
 
     Stacked over (layer, batch, query_token); one block of kernels is held at a time.
     """
+    layers = _by_layer(source, twin, lambda layer: _layer(source, twin, plan, n_kept, layer))
+    shape = (len(layers), *plan.at.shape)
+    details, totals = (_joined(list(each), shape) for each in list(zip(*layers, strict=True))[:2])
+    found = {
+        labels.PREFIX[variant] + name: values for variant, parts in details.items() for name, values in parts.items()
+    }
+    return found, totals, [kept for *_, each in layers for kept in each]
+
+
+Variants = dict[str, list[Found]]
+"""Of a layer, by variant: a row and query after another."""
+Layer = tuple[Variants, Variants, Kept]
+"""Numbers by kernel, what summaries need, and what is kept."""
+
+
+def _joined(layers: list[Variants], shape: tuple[int, ...]) -> dict[str, Found]:
+    return {name: _stacked([part for one in layers for part in one[name]], shape) for name in layers[0]}
+
+
+def _by_layer(source: Kernels, twin: Kernels | None, measured: Callable[[int], Layer]) -> list[Layer]:
+    if isinstance(source, BlockKernels):  # of one layer
+        return [measured(0)]
+    return by_layer([one.view.trace for one in (source, twin) if isinstance(one, TraceKernels)], measured)
+
+
+def _layer(source: Kernels, twin: Kernels | None, plan: Plan, n_kept: int, layer: int) -> Layer:
     details, totals, kept = {}, {}, []
-    shape = (len(source.layers), *plan.at.shape)
-    for layer, row in np.ndindex(shape[:2]):
+    for row in range(len(plan.at)):
         where, own = (layer, row, plan.at[row], plan.window[row]), ("real", *source.nulls)
         runs = [of_row(source, dict(zip(own, own, strict=True)), *where, plan.settings, n_kept if row == 0 else 0)]
         if twin is not None:
@@ -254,12 +279,7 @@ def _measured(source: Kernels, twin: Kernels | None, plan: Plan, n_kept: int) ->
                     details.setdefault(variant, []).append(one)
                 if query.n_kept:
                     kept.append(query.kept)
-    found = {
-        labels.PREFIX[variant] + name: values
-        for variant, parts in details.items()
-        for name, values in _stacked(parts, shape).items()
-    }
-    return found, {variant: _stacked(parts, shape) for variant, parts in totals.items()}, kept
+    return details, totals, kept
 
 
 def _stacked(parts: list[Found], shape: tuple[int, ...]) -> Found:

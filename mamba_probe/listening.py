@@ -14,13 +14,23 @@ from mamba_probe.recorder import Recorder
 from mamba_probe.trace.store import save
 from mamba_probe.untraced import UntracedListener, untraced
 
-__all__ = ["kept", "listen", "listening"]
+__all__ = ["check_silent", "kept", "listen", "listening"]
 
 
 def listen(taps: Mapping[int, Tap], listener: Listener | None) -> None:
     """Hand what the taps see to `listener`; to nobody where it is None."""
     for tap in taps.values():
         tap.listener = listener
+
+
+def check_silent(taps: Mapping[int, Tap]) -> None:
+    """Check that nobody listens.
+
+    Raises:
+        ValueError: somebody does.
+    """
+    if any(tap.listener is not None for tap in taps.values()):
+        raise ValueError("a recording is already open on this probe: leave it first")
 
 
 @contextmanager
@@ -30,8 +40,7 @@ def listening(model: nn.Module, taps: Mapping[int, Tap], recorder: Recorder) -> 
     Raises:
         ValueError: somebody listens already.
     """
-    if any(tap.listener is not None for tap in taps.values()):
-        raise ValueError("a recording is already open on this probe: leave it first")
+    check_silent(taps)
 
     def begin(_model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         first = kwargs.get("input_ids", args[0] if args else None)

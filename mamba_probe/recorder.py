@@ -54,8 +54,12 @@ class Sink(Protocol):
         """Rows from `first` on, whole."""
         ...
 
-    def close(self, whole: bool) -> xr.Dataset | None:
-        """No more will come; the trace, where any did. `whole`: nothing was broken off."""
+    def close(self, whole: bool) -> None:
+        """No more will come. `whole`: nothing was broken off."""
+        ...
+
+    def opened(self) -> xr.Dataset:
+        """The trace, of a sink that is closed and took any rows."""
         ...
 
 
@@ -105,7 +109,7 @@ class Recorder:
         if not self._closed or not self._calls:
             raise ValueError("nothing recorded yet: run the model inside the `recording` block, and leave it")
         if self._dataset is None:
-            self._dataset = self._assembled(self._blocks)
+            self._dataset = self._assembled(self._blocks) if self._sink is None else self._sink.opened()
             if self._keep == "host":  # the trace has their memory now
                 self._blocks = []
         return self._dataset
@@ -113,7 +117,8 @@ class Recorder:
     def _assembled(self, blocks: list[Rows]) -> xr.Dataset:
         attrs = self._attrs | {"edits": "; ".join(self._edits)}
         trace = assembled(self._plan, blocks, self._statics, attrs, self._courier, every=self._sink is not None)
-        self._courier.wait()
+        if not all(call.posted for rows in blocks for call in rows.calls):
+            self._courier.wait()
         return trace
 
     @property
@@ -188,9 +193,12 @@ class Recorder:
         try:
             self._courier.wait()
             self.flush()
+        except BaseException:
+            whole = False
+            raise
         finally:
             if self._sink is not None:
-                self._dataset = self._sink.close(whole)
+                self._sink.close(whole)
 
     # -- from the taps -------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ import numpy as np
 import xarray as xr
 from torch import Tensor
 
-from mamba_probe.keeping import Courier, Kept, host_like
+from mamba_probe.keeping import Courier, Kept, host_like, widened
 from mamba_probe.recorder import Plan
 from mamba_probe.trace.blocks import Drift
 from mamba_probe.trace.store import open_trace, remove
@@ -28,16 +28,18 @@ __all__ = ["IN_MEMORY", "GrowingSink", "StreamSink"]
 IN_MEMORY = 2**30
 """Bytes on their way to a store at a time, where the user names no `max_memory`."""
 WRITERS = 4
+AHEAD = 2
+"""Blocks that may wait for their entry while the model goes on."""
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass
 class _Posted:
-    """A block under way: what its writers still do, and, once its call is over, its coordinates."""
+    """A block under way: what its writers still do."""
 
     first: int
     mask: np.ndarray | None
     writes: list[tuple[str, Future[list[Drift | None]]]] = field(default_factory=list)
-    rows: xr.Dataset | None = None
 
 
 class _Posting(Kept):
@@ -50,9 +52,13 @@ class _Posting(Kept):
         self._sink, self._block = sink, block
 
     def _send(self, name: str, first: int, whole: Tensor) -> None:
-        self._sink.room(whole.numel() * host_like(whole[:0], 0).element_size())
-        target = host_like(whole, len(whole))
-        self._sink.post(self._block, name, first, target, self._courier.send(target, whole))
+        """As many layers at a time as may be under way."""
+        a_layer = whole[0].numel() * widened(whole.dtype).itemsize
+        for some in whole.split(max(1, self._sink.most // max(1, a_layer))):
+            self._sink.room(len(some) * a_layer)
+            target = host_like(some, len(some))
+            self._sink.post(self._block, name, first, target, self._courier.send(target, some))
+            first += len(some)
 
     def array(self, layer: int, name: str) -> np.ndarray:
         """One layer's tensor, from the store."""
@@ -61,6 +67,8 @@ class _Posting(Kept):
 
 class StreamSink:
     """Writes the blocks of a recording whose rows and tokens are known beforehand.
+
+    A fault of a writer is raised where the model next hands something over, and at the latest by `close`.
 
     Arguments:
         stream: the store.
@@ -73,28 +81,29 @@ class StreamSink:
     def __init__(
         self, stream: Stream, plan: Plan, rows: int, max_memory: int, label: Callable[[xr.Dataset, int], xr.Dataset]
     ):
-        self._stream, self._plan, self._rows, self._most, self._label = stream, plan, rows, max_memory, label
-        self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="mamba_probe writer")
+        self._stream, self._plan, self._rows, self.most, self._label = stream, plan, rows, max_memory, label
+        self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="mamba_probe writer")
+        self._keeper = ThreadPoolExecutor(1, thread_name_prefix="mamba_probe journal")
         self._under_way: deque[tuple[int, Future[Any]]] = deque()
         self._bytes = 0
-        self._blocks: deque[_Posted] = deque()
+        self._block: _Posted | None = None
+        self._entries: deque[Future[None]] = deque()
 
     def kept(self, courier: Courier, first: int, mask: Tensor | None) -> Kept:
         """See `Sink`."""
-        block = _Posted(first, None if mask is None else mask.cpu().numpy().astype(bool))
-        self._blocks.append(block)
-        return _Posting(self, self._plan.layers, courier, block)
+        self._block = _Posted(first, None if mask is None else mask.cpu().numpy().astype(bool))
+        return _Posting(self, self._plan.layers, courier, self._block)
 
     def room(self, n_byte: int) -> None:
         """Wait until so many bytes more may be under way."""
-        while self._under_way and self._bytes + n_byte > self._most:
+        while self._under_way and (self._bytes + n_byte > self.most or self._under_way[0][1].done()):
             size, write = self._under_way.popleft()
-            write.exception()  # it is raised where its block is entered
+            with_room(self._stream.path, write.result)
             self._bytes -= size
 
     def post(self, block: _Posted, name: str, first: int, target: Tensor, arrived: Any) -> None:
         """Have layers from place `first` on written, once they have arrived."""
-        write = self._pool.submit(self._write, block, name, first, target, arrived)
+        write = self._writers.submit(self._write, block, name, first, target, arrived)
         block.writes.append((name, write))
         self._under_way.append((target.nbytes, write))
         self._bytes += target.nbytes
@@ -116,42 +125,42 @@ class StreamSink:
     def written(self, block: _Posted, name: str, layer: int) -> np.ndarray:
         """What was written of one layer of a block that is under way."""
         for _, write in block.writes:
-            self._guarded(write.result)
+            with_room(self._stream.path, write.result)
         return self._stream.read(name, layer, block.first, self._rows)
 
     def take(self, block: xr.Dataset, first: int) -> None:
-        """See `Sink`."""
-        posted = next(one for one in self._blocks if one.first == first)
-        posted.rows = self._label(block, first)
-        self._enter_whole(wait=False)
+        """See `Sink`. The block is entered once its writes are done, beside the next one's model call."""
+        posted, self._block = self._block, None
+        if posted is None or posted.first != first:
+            raise RuntimeError(f"the rows from {first} on are whole, and their tensors were not handed over")
+        self._entries.append(self._keeper.submit(self._enter, posted, self._label(block, first)))
+        while len(self._entries) > 1 and (len(self._entries) > AHEAD or self._entries[0].done()):
+            with_room(self._stream.path, self._entries.popleft().result)
 
-    def _enter_whole(self, wait: bool) -> None:
-        """Enter the blocks, in order, whose writes are done."""
-        while self._blocks and (block := self._blocks[0]).rows is not None:
-            if not wait and not all(write.done() for _, write in block.writes):
-                return
-            drift: dict[str, Drift] = {}
-            for name, write in block.writes:
-                for one in self._guarded(write.result):
-                    if one is not None:
-                        drift[name] = drift.get(name, Drift()) + one
-            self._stream.label({"edits": block.rows.attrs["edits"]})
-            self._guarded(self._stream.enter, block.first // self._rows, block.first, block.rows, drift)
-            self._blocks.popleft()
+    def _enter(self, posted: _Posted, rows: xr.Dataset) -> None:
+        drift: dict[str, Drift] = {}
+        for name, write in posted.writes:
+            for one in write.result():
+                if one is not None:
+                    drift[name] = drift.get(name, Drift()) + one
+        self._stream.label({"edits": rows.attrs["edits"]})
+        self._stream.enter(posted.first // self._rows, posted.first, rows, drift)
 
-    def _guarded(self, call: Any, *given: Any) -> Any:
-        return with_room(self._stream.path, call, *given)
-
-    def close(self, whole: bool) -> xr.Dataset:
+    def close(self, whole: bool) -> None:
         """See `Sink`. After a fault the blocks that are whole are entered, and that fault is not covered by another."""
         try:
-            self._enter_whole(wait=True)
-        except Exception:
-            if whole:
-                raise
+            for entry in self._entries:
+                if whole:
+                    with_room(self._stream.path, entry.result)
+                else:
+                    entry.exception()
         finally:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._writers.shutdown(wait=True, cancel_futures=True)
+            self._keeper.shutdown(wait=True, cancel_futures=True)
             self._stream.close()
+
+    def opened(self) -> xr.Dataset:
+        """See `Sink`."""
         return open_trace(self._stream.path)
 
 
@@ -169,14 +178,21 @@ class GrowingSink:
         self._layout = Layout(1, compress=compress, narrow=narrow)
         self._stream: Stream | None = None
         self._number = 0
+        self._fault: Exception | None = None
 
     def kept(self, courier: Courier, first: int, mask: Tensor | None) -> Kept:
         """See `Sink`."""
         return Kept(self._plan.layers, courier, "host")
 
     def take(self, block: xr.Dataset, first: int) -> None:
-        """See `Sink`."""
-        with_room(self._path, self._append, block, first)
+        """See `Sink`. Once rows could not be written none are: the store would have a gap."""
+        if self._fault is not None:
+            raise self._fault
+        try:
+            with_room(self._path, self._append, block, first)
+        except Exception as fault:
+            self._fault = fault
+            raise
 
     def _append(self, block: xr.Dataset, first: int) -> None:
         if self._stream is None:
@@ -194,11 +210,13 @@ class GrowingSink:
         self._stream.enter(self._number, first, block, drift)
         self._number += 1
 
-    def close(self, whole: bool) -> xr.Dataset | None:
+    def close(self, whole: bool) -> None:
         """See `Sink`."""
-        if self._stream is None:
-            return None
-        self._stream.close(finished=whole)
+        if self._stream is not None:
+            with_room(self._path, self._stream.close, whole and self._fault is None)
+
+    def opened(self) -> xr.Dataset:
+        """See `Sink`."""
         return open_trace(self._path)
 
 
@@ -211,10 +229,11 @@ def with_room(path: Path, call: Callable[..., Any], *given: Any) -> Any:
     try:
         return call(*given)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in NO_SPACE or str(path) in str(error.strerror):
             raise
+        there = "It opens, and holds every block of rows that was whole" if path.exists() else "Nothing of it was made"
         raise OSError(
             error.errno,
-            f"no space is left for {path}. It opens, and holds every block of rows that was whole: make room, and go on"
-            " with resume=True (--resume)",
+            f"no space is left for {path}. {there}: make room, and go on with resume=True (--resume); a recording() of"
+            " calls as they come is begun anew",
         ) from error

@@ -1,27 +1,33 @@
 """`probe.record(store="run.zarr")`: what is asked, checked before anything runs, and the blocks one after another."""
 
+import hashlib
+import json
 import os
 import re
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import dask.array as da
 import numpy as np
 import torch
 import xarray as xr
-from torch import nn
+from torch import Tensor, nn
 
 from mamba_probe.estimate import layout_of, readable
-from mamba_probe.inputs import ModelInput
+from mamba_probe.inputs import CorpusInput, ModelInput
 from mamba_probe.keeping import Courier
+from mamba_probe.other_run import OtherRun
 from mamba_probe.progress import bar
 from mamba_probe.recorder import ABSENT, Plan, assembled
 from mamba_probe.rows import Rows
-from mamba_probe.streaming import IN_MEMORY, StreamSink
+from mamba_probe.streaming import IN_MEMORY, StreamSink, with_room
 from mamba_probe.trace.contract import unknown_name
 from mamba_probe.trace.store import check_free, remove
 from mamba_probe.trace.stream import COMPRESSIONS, NARROWABLE, Layout, Stream
@@ -60,7 +66,8 @@ class Storing:
         Raises:
             ValueError: a store that exists, unknown names, a shard that cannot be, overwriting what is resumed.
         """
-        path = check_free(store, overwrite or resume or shard is not None)
+        follows = shard is not None and shard[:1] != (0,)  # the first process of a job makes the store
+        path = check_free(store, overwrite or resume or follows)
         if overwrite and (resume or shard is not None):
             raise ValueError(
                 "overwrite=True starts anew, and resume=True or shard= goes on with what is there: choose one"
@@ -110,10 +117,9 @@ class Storing:
     def opened(self, plan: Plan, first: xr.Dataset, rows: int, n_row: int, identity: Mapping[str, Any]) -> Stream:
         """The store, new or gone on with."""
         layout = Layout(rows, n_row, self.compress, self.narrow)
-        follows = self.shard is not None and self.shard[0] > 0
-        if follows:
+        if self.shard is not None and self.shard[0] > 0:
             return _followed(self.path, layout, identity, self.shard)
-        if self.path.exists() and not self.overwrite:
+        if self.path.exists() and self.resume:
             return Stream.resume(self.path, layout, identity, self.shard)
         remove(self.path)
         return Stream.create(self.path, first, layout, identity, self.shard)
@@ -127,12 +133,13 @@ def stream(
 
     `recording(sink)` is a context manager that yields a Recorder with this sink, listening.
     """
-    held = storing.opened(plan, first, rows, given.batch, identity)
+    held = with_room(storing.path, storing.opened, plan, first, rows, given.batch, identity)
     sink = StreamSink(held, plan, rows, storing.max_memory, lambda block, at: given.label(block, at))
     part, parts = storing.shard or (0, 1)
     spans = given.spans(rows)
     mine = [number for number in range(part, len(spans), parts) if number not in held.done]
     with (
+        closing(held),
         warnings.catch_warnings(),
         recording(sink) as recorder,
         bar("recording", len(mine), progress) as step,
@@ -163,23 +170,62 @@ def template(
     steps = {}
     for name in plan.steps:
         shape, kind = layout_of(plan, name, rows, length, dtype, width)
-        steps[name] = np.broadcast_to(np.zeros((), kind), shape)
+        steps[name] = da.zeros(shape, dtype=kind)  # takes no memory
     return assembled(plan, [block], dict(statics), dict(attrs), Courier(), every=True, steps=steps)
 
 
 def identity_of(
     plan: Plan, given: ModelInput, rows: int, model: nn.Module, attrs: Mapping[str, Any], storing: Storing,
-    edits: list[str],
+    edits: Sequence[Any],
 ) -> dict[str, Any]:  # fmt: skip
-    """All that the bits of a recording depend on: a store is gone on with where all of it is equal."""
-    device = next(model.parameters()).device
+    """All that the bits of a recording depend on: a store is gone on with where all of it is equal.
+
+    Of code none is: a hook of the user's own is not seen.
+    """
     return {
         "variables": plan.variables, "layers": plan.layers, "tokens": plan.tokens, "channels": plan.channels,
         "rows": given.batch, "batch_size": rows, "length": given.length, "inputs": given.sha256,
-        "model": attrs["model_hash"], "dtype": attrs["dtype"], "backend": attrs["backend"], "edits": edits,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "model": attrs["model_hash"], "dtype": attrs["dtype"], "backend": attrs["backend"],
+        "edits": [_edit(edit) for edit in edits],
+        "labels": _digest({} if isinstance(given, CorpusInput) else given.labels, given.attrs),
+        "config": _config(model), "device": _device(model),
         "versions": attrs["versions"], "compress": storing.compress, "narrow": dict(storing.narrow),
     }  # fmt: skip
+
+
+def _edit(edit: Any) -> str:
+    """An edit and, of one with an array, its numbers; what comes from another run is equal to nothing."""
+    value = edit.value
+    if isinstance(value, OtherRun):
+        return f"{edit!r} {uuid4()}"
+    if not isinstance(value, Tensor | np.ndarray):
+        return repr(edit)
+    pairs = torch.view_as_real(torch.as_tensor(value).detach().cpu() + 0j)
+    return f"{edit!r} {_digest({'value': pairs.numpy()}, {})}"
+
+
+def _device(model: nn.Module) -> str:
+    """What computes: other devices, instructions, threads and precisions round otherwise."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, matmul precision {torch.get_float32_matmul_precision()}"
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s)"
+
+
+def _config(model: nn.Module) -> str:
+    """Hash of the settings of a model that has a config: limits of delta are none of its weights."""
+    config: Any = getattr(model, "config", None)
+    held = config.to_dict() if hasattr(config, "to_dict") else vars(config) if hasattr(config, "__dict__") else {}
+    told = {name: repr(held[name]) for name in held if not name.startswith(("_", "transformers"))}
+    return _digest({}, told)
+
+
+def _digest(arrays: Mapping[str, np.ndarray], attrs: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(attrs), sort_keys=True).encode())
+    for name, values in sorted(arrays.items()):
+        digest.update(f"{name}{values.shape}{values.dtype}".encode())
+        digest.update(json.dumps(values.tolist()).encode())
+    return digest.hexdigest()
 
 
 def shard() -> tuple[int, int] | None:

@@ -12,16 +12,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xarray as xr
 from google_crc32c import value as crc32c
 
-from mamba_probe.trace.coding import NARROWED
+from mamba_probe.trace.coding import NARROWED, jsoned
 
-__all__ = ["FINISHED", "Block", "Drift", "committed", "journal", "whole_rows", "write_entry"]
+__all__ = [
+    "FINISHED", "UNKNOWN", "Block", "Drift", "committed", "journal", "whole_rows", "without_unknown", "write_entry",
+    "write_whole",
+]  # fmt: skip
 
 FINISHED = "finished"
 """The attribute of a streamed store: whether no more rows will come than its arrays have room for."""
+UNKNOWN = ("token_id", "position", "prediction", "parent_row")
+"""Coordinates that are left out of a trace where every entry is -1."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,22 @@ def write_entry(path: Path, block: Block) -> None:
     """Enter a block: from now on the store holds it. One rename, so that it is there or not."""
     text = json.dumps(asdict(block), sort_keys=True)
     target = journal(path) / f"block-{block.number:09d}.json"
-    partial = target.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps({"block": text, "crc32c": crc32c(text.encode())}))
-    partial.replace(target)
+    write_whole(target, json.dumps({"block": text, "crc32c": crc32c(text.encode())}))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file by one rename, once its bytes are on the disk: whatever happens, the old one is there or the new."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def committed(path: Path) -> list[Block]:
@@ -98,23 +115,29 @@ def _entry(file: Path) -> Block:
     return Block(**found, drift=drift)
 
 
-def whole_rows(dataset: xr.Dataset, path: Path) -> xr.Dataset:
-    """The rows of the blocks that are whole; a store that was not streamed is one."""
-    if FINISHED not in dataset.attrs:
-        return dataset
+def whole_rows(coded: xr.Dataset, path: Path) -> xr.Dataset:
+    """Of an encoded Dataset that a recording streamed, the rows of the blocks that are whole."""
     blocks = committed(path)
-    rows = np.concatenate([np.arange(one.first, one.first + one.rows) for one in blocks] or [np.arange(0)]).astype(int)
-    missing, finished = dataset.sizes["batch"] - len(rows), dataset.attrs.pop(FINISHED)
-    if missing or not finished:
-        known = f"{len(rows)} of {dataset.sizes['batch']} rows" if missing else f"{len(rows)} rows"
+    rows = [row for one in blocks for row in range(one.first, one.first + one.rows)]
+    there, finished = coded.sizes["batch"], json.loads(coded.attrs[FINISHED])
+    whole = coded.copy()
+    whole.attrs = {name: value for name, value in coded.attrs.items() if name != FINISHED}
+    if len(rows) < there or not finished:
+        known = f"{len(rows)} of {there} rows" if finished else f"{len(rows)} rows"
         warnings.warn(f"{path}: the recording was broken off, and holds {known}", UserWarning, stacklevel=4)
-        dataset.attrs["broken_off"] = f"holds {known}"
-    for name, variable in dataset.variables.items():
+        whole = whole.assign_attrs(jsoned({"broken_off": f"holds {known}"}))
+    for name, variable in whole.variables.items():
         if NARROWED in variable.attrs:
             drift = sum((one.drift[str(name)] for one in blocks if name in one.drift), Drift())
             largest, rms = drift.errors
-            variable.attrs |= {"narrowing_error": largest, "narrowing_error_rms": rms}
-    if len(rows) == dataset.sizes["batch"]:
-        return dataset
-    prefix = len(rows) == 0 or rows[-1] == len(rows) - 1
-    return dataset.isel(batch=slice(len(rows)) if prefix else rows)
+            variable.attrs |= jsoned({"narrowing_error": largest, "narrowing_error_rms": rms})
+    if len(rows) < there:
+        prefix = rows == list(range(len(rows)))
+        whole = whole.isel(batch=slice(len(rows)) if prefix else rows)
+    longest = max((one.length for one in blocks), default=0)
+    return whole.isel(token=slice(longest)) if 0 < longest < whole.sizes.get("token", 0) else whole
+
+
+def without_unknown(trace: xr.Dataset) -> xr.Dataset:
+    """A decoded trace without the coordinates that no row knows: a store has room for all, as a row may come to."""
+    return trace.drop_vars([name for name in UNKNOWN if name in trace.coords and (trace[name].values == -1).all()])

@@ -2,8 +2,8 @@
 
 Both stores choke on None, bool and dict attributes, so every attribute is written as JSON; strings are stored with
 variable length and come back as objects; complex numbers are real pairs. Every chunk carries a checksum (CRC-32C in
-Zarr, Fletcher-32 in netCDF), and the seal is the SHA-256 of what the chunks do not hold: names, dimensions, shapes,
-dtypes and attributes.
+Zarr, Fletcher-32 in netCDF), and the seal is the SHA-256 of what the chunks do not hold: in Zarr all metadata, in
+netCDF names, dimensions, shapes, dtypes, attributes and the values of what has no checksum there.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-__all__ = ["NARROWED", "PAIR", "SEAL", "check_seal", "decoded", "encoded", "jsoned", "seal_of"]
+__all__ = ["NARROWED", "PAIR", "SEAL", "check_seal", "decoded", "encoded", "header_of", "jsoned", "seal_of"]
 
 PAIR = "real_imag"
 """Last dimension of a complex variable in a store: its real and its imaginary part."""
@@ -82,24 +82,28 @@ def _joined(pairs: np.ndarray, dtype: Any) -> np.ndarray:
     return np.ascontiguousarray(pairs).view(dtype)[..., 0]
 
 
-def seal_of(coded: xr.Dataset) -> str:
-    """The SHA-256 of an encoded Dataset's header, as a store gives it back."""
-    header = {
-        str(name): [[str(dim) for dim in variable.dims], list(variable.shape), variable.dtype.kind, variable.attrs]
+def header_of(coded: xr.Dataset) -> list[Any]:
+    """What an encoded Dataset holds beside its values."""
+    variables = {
+        str(name): [[str(dim) for dim in variable.dims], list(variable.shape), str(variable.dtype), variable.attrs]
         for name, variable in coded.variables.items()
     }
     attrs = {name: value for name, value in coded.attrs.items() if name != SEAL}
-    text = json.dumps([header, sorted(map(str, coded.coords)), attrs], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return [variables, sorted(map(str, coded.coords)), attrs]
 
 
-def check_seal(seal: str | None, coded: xr.Dataset, where: str) -> None:
+def seal_of(header: Any) -> str:
+    """The SHA-256 of a header, which JSON can hold."""
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+
+
+def check_seal(seal: str | None, header: Any, where: Any) -> None:
     """Check that a header is the one that was written; a store from before there were seals has none.
 
     Raises:
         ValueError: it is another.
     """
-    if seal is not None and seal != seal_of(coded):
+    if seal is not None and seal != seal_of(header):
         raise ValueError(
             f"{where}: its header (names, dimensions, shapes, attributes) is not the one that was written: a bit was"
             " flipped, or it was edited by hand. Restore it from a copy, or record it again"

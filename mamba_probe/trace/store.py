@@ -4,8 +4,11 @@ A store appears under its name only once it is whole; one that a recording strea
 appears at once, and gives the blocks of rows that are whole.
 """
 
+import fcntl
 import json
+import os
 import shutil
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,13 @@ from mamba_probe.trace.blocks import FINISHED, whole_rows, without_unknown, writ
 from mamba_probe.trace.coding import SEAL, check_seal, decoded, encoded, header_of, seal_of
 from mamba_probe.trace.contract import validate
 from mamba_probe.trace.untrusted import check_opened, check_store
+from mamba_probe.trace.writers import locked
+from mamba_probe.untrusted import read_object
 
-__all__ = ["check_free", "check_suffix", "open_dataset", "open_trace", "remove", "save", "seal"]
+__all__ = [
+    "check_free", "check_suffix", "netcdf_header", "open_dataset", "open_trace", "remove", "save", "seal",
+    "zarr_header",
+]  # fmt: skip
 
 SUFFIXES = (".zarr", ".nc")
 
@@ -55,29 +63,55 @@ def save(dataset: xr.Dataset, path: str | PathLike[str], *, overwrite: bool = Fa
     else:
         checked = {name: {"fletcher32": True} for name, array in coded.variables.items() if _checkable(array)}
         coded.to_netcdf(partial, engine="h5netcdf", format="NETCDF4", encoding=checked)
-    seal(partial)
+    seal(partial, names=[str(name) for name in coded.variables])
     remove(path)
     partial.rename(path)
     return path
 
 
-def seal(path: Path) -> None:
-    """Write a store's seal, which `open_dataset` checks; a Zarr store's metadata are put together in one file."""
-    with _raw(path, consolidated=False) as coded:
-        found = seal_of(_held(coded, path))
-    if path.suffix == ".nc":
-        import h5py
+def seal(path: Path, attrs: Mapping[str, str] | None = None, names: Iterable[str] = ()) -> dict[str, str]:
+    """Write a store's seal, which `open_dataset` checks; a Zarr store's metadata are put together in one file.
 
-        with h5py.File(path, "r+") as file:
-            file.attrs[SEAL] = found
-        return
+    Args:
+        path: of the store.
+        attrs: coded attributes of a Zarr store that are written with it.
+        names: of its variables, where their metadata are not put together yet.
+
+    Returns:
+        All coded attributes.
+    """
+    if path.suffix == ".nc":
+        return _seal_netcdf(path)
     root = json.loads((path / "zarr.json").read_text())
-    arrays = {str(name): json.loads((path / str(name) / "zarr.json").read_text()) for name in coded.variables}
-    root["attributes"] = root.get("attributes", {}) | {SEAL: found}
+    names = names or root["consolidated_metadata"]["metadata"]
+    arrays = {name: json.loads((path / name / "zarr.json").read_text()) for name in names}
     root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": arrays}
-    partial = path / "zarr.json.partial"
-    partial.write_text(json.dumps(root, indent=2))
-    partial.replace(path / "zarr.json")
+    root["attributes"] = root.get("attributes", {}) | dict(attrs or {})
+    root["attributes"][SEAL] = seal_of(zarr_header(root))
+    write_whole(path / "zarr.json", json.dumps(root, indent=1))
+    return root["attributes"]
+
+
+def _seal_netcdf(path: Path) -> dict[str, str]:
+    import h5py
+
+    with _raw(path) as coded:
+        found = seal_of(netcdf_header(coded))
+    with h5py.File(path, "r+") as file:
+        file.attrs[SEAL] = found
+    return coded.attrs
+
+
+def zarr_header(root: Mapping[str, Any]) -> dict[str, Any]:
+    """What a Zarr store's seal is of: its root's metadata, and in them those of every array."""
+    attrs = {name: value for name, value in root.get("attributes", {}).items() if name != SEAL}
+    return {**root, "attributes": attrs}
+
+
+def netcdf_header(coded: xr.Dataset) -> list[Any]:
+    """What a netCDF store's seal is of: also the values of what has no checksum there, strings and single numbers."""
+    bare = {str(name): repr(array.values.tolist()) for name, array in coded.variables.items() if not _checkable(array)}
+    return [header_of(coded), bare]
 
 
 def check_free(path: str | PathLike[str], overwrite: bool) -> Path:
@@ -109,8 +143,11 @@ def open_dataset(path: str | PathLike[str]) -> xr.Dataset:
         check_store(path)
         coded = _raw(path)
         check_opened(coded)
-        check_seal(coded.attrs.pop(SEAL, None), _held(coded, path), str(path))
-        return whole_rows(decoded(coded), path)
+        header = netcdf_header(coded) if path.suffix == ".nc" else zarr_header(read_object(path / "zarr.json"))
+        check_seal(coded.attrs.pop(SEAL, None), header, path)
+        if FINISHED not in coded.attrs:
+            return decoded(coded)
+        return without_unknown(decoded(whole_rows(coded, path)))
     except (OSError, KeyError, json.JSONDecodeError, RuntimeError) as error:
         raise ValueError(
             f"{path} cannot be read: truncated, damaged, or not written by mamba_probe ({error})"
@@ -135,24 +172,15 @@ def open_trace(path: str | PathLike[str]) -> xr.Dataset:
     return trace
 
 
-def _raw(path: Path, consolidated: bool | None = None) -> xr.Dataset:
+def _raw(path: Path) -> xr.Dataset:
     """The Dataset as it is coded."""
     if path.suffix == ".nc":
         return xr.open_dataset(path, engine="h5netcdf", chunks={})
     from mamba_probe.trace.guarded import GuardedStore
 
-    root = json.loads((path / "zarr.json").read_text())
-    checked = consolidated is False or SEAL in root.get("attributes", {})
-    together = "consolidated_metadata" in root if consolidated is None else consolidated
-    return xr.open_zarr(GuardedStore(path, checked=checked), chunks={}, consolidated=together)
-
-
-def _held(coded: xr.Dataset, path: Path) -> xr.Dataset:
-    """What the seal is of: in netCDF also the values of what has no checksum there, strings and single numbers."""
-    if path.suffix == ".zarr":
-        return coded
-    bare = {str(name): repr(array.values.tolist()) for name, array in coded.variables.items() if not _checkable(array)}
-    return coded.assign_attrs({f"values of {name}": text for name, text in bare.items()})
+    root = read_object(path / "zarr.json")
+    guarded = GuardedStore(path, checked=SEAL in root.get("attributes", {}))
+    return xr.open_zarr(guarded, chunks={}, consolidated="consolidated_metadata" in root)
 
 
 def _checkable(array: Any) -> bool:
@@ -173,8 +201,14 @@ def check_suffix(path: str | PathLike[str]) -> Path:
 
 
 def remove(path: Path) -> None:
-    """Delete a store if it is there."""
+    """Delete a store if it is there.
+
+    Raises:
+        ValueError: a process writes to it.
+    """
     if path.is_dir():
+        lock = locked(path, path, fcntl.LOCK_EX)
         shutil.rmtree(path)
+        os.close(lock)
     elif path.exists():
         path.unlink()

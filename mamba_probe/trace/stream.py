@@ -9,6 +9,7 @@ store, or several that were told their shares (`shard`): the folder is locked, a
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +19,10 @@ import numpy as np
 import xarray as xr
 
 from mamba_probe.trace.blocks import FINISHED, Block, Drift, committed, journal, write_entry
-from mamba_probe.trace.coding import NARROWED, encoded, jsoned
-from mamba_probe.trace.store import seal
+from mamba_probe.trace.coding import NARROWED, SEAL, check_seal, encoded, jsoned
+from mamba_probe.trace.store import seal, zarr_header
+from mamba_probe.trace.writers import Shard, cleared, joined, locked, locked_shard, sweep
+from mamba_probe.untrusted import read_object
 
 __all__ = ["COMPRESSIONS", "IDENTITY", "NARROWABLE", "Layout", "Stream"]
 
@@ -27,12 +30,10 @@ IDENTITY = "recording"
 """The attribute of a streamed store that says what is recorded in it, as JSON: a resumed recording must be the same."""
 CHUNK = 2**26
 """Bytes of a chunk at most, where tokens can be parted."""
+GROWING = 64
+"""Tokens of a chunk at least, where later rows may be longer than the first."""
 COMPRESSIONS = ("zstd", "lz4")
 NARROWABLE = ("float16",)
-
-
-Shard = tuple[int, int]
-"""A process' number, and how many processes write the store."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,9 @@ class Stream:
         import zarr
 
         self.path, self._layout, self._locks = path, layout, locks
-        self._group = zarr.open_group(path, mode="r+", use_consolidated=False)
-        found: dict[str, Any] = dict(self._group.arrays())
+        group = zarr.open_group(path, mode="r+", use_consolidated=False)
+        self._labels: dict[str, Any] = dict(group.attrs)
+        found: dict[str, Any] = dict(group.arrays())
         self._arrays = {name: array.with_config({"write_empty_chunks": True}) for name, array in found.items()}
         self._dims = {name: tuple(array.metadata.dimension_names or ()) for name, array in self._arrays.items()}
         shapes = ((self._dims[name], array.shape) for name, array in found.items())
@@ -92,26 +94,25 @@ class Stream:
 
         Raises:
             ValueError: another writer.
+            OSError: a file system without locks.
         """
-        import zarr
-
-        path.mkdir(parents=True)
-        locks = [_locked(path, path, fcntl.LOCK_EX)]
-        coded = encoded(
-            first.assign_attrs(
-                {FINISHED: layout.n_row is not None, IDENTITY: json.dumps(dict(identity), sort_keys=True)}
-            )
-        )
-        coords = " ".join(str(name) for name in coded.coords if name not in coded.dims)
-        group = zarr.create_group(path, zarr_format=3, attributes=coded.attrs | {"coordinates": coords})
-        zarr.create_group(journal(path), zarr_format=3)
-        for name, variable in coded.variables.items():
-            _create(group, str(name), variable, layout)
-        seal(path)
-        if shard is not None:
-            fcntl.flock(locks[0], fcntl.LOCK_SH)  # the others wait for this
-            locks.append(_locked_shard(path, shard))
-        return cls(path, layout, locks)
+        partial, lock = cleared(path)
+        locks = [lock]
+        try:
+            _make(partial, first, layout, identity)
+            if shard is not None:
+                fcntl.flock(lock, fcntl.LOCK_SH)  # others may join as soon as it has its name
+            if path.exists():
+                raise ValueError(f"{path} was made by another process meanwhile: choose another store")
+            partial.rename(path)
+            if shard is not None:
+                locks.append(locked_shard(path, shard))
+            return cls(path, layout, locks)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            for each in locks:
+                os.close(each)
+            raise
 
     @classmethod
     def resume(cls, path: Path, layout: Layout, identity: Mapping[str, Any], shard: Shard | None = None) -> "Stream":
@@ -120,14 +121,13 @@ class Stream:
         Raises:
             ValueError: another writer; a store of something else (each difference named), or one that was not streamed.
         """
-        locks = [_locked(path, path, fcntl.LOCK_EX if shard is None else fcntl.LOCK_SH)]
+        locks = [locked(path, path, fcntl.LOCK_EX) if shard is None else joined(path)]
         try:
-            if shard is not None:
-                locks.append(_locked_shard(path, shard))
-            _check_same(path, identity)
             if shard is None:
-                for leftover in path.rglob("*.partial"):  # of a writer that was killed
-                    leftover.unlink()
+                sweep(path)
+            else:
+                locks.append(locked_shard(path, shard))
+            _check_same(path, identity)
             return cls(path, layout, locks)
         except BaseException:
             for lock in locks:
@@ -201,11 +201,16 @@ class Stream:
                 array[tuple(known.get(dim, slice(None)) for dim in self._dims[name])] = array.fill_value
 
     def label(self, attrs: Mapping[str, Any]) -> None:
-        """Set attributes of the trace that are known only now."""
+        """Set attributes of the trace that are known only now, with the seal in one rename, a process at a time."""
         coded = jsoned(attrs)
-        if any(self._group.attrs.get(name) != value for name, value in coded.items()):
-            self._group.attrs.update(coded)
-            seal(self.path)
+        if coded == {name: self._labels.get(name) for name in coded}:
+            return
+        turn = os.open(journal(self.path), os.O_RDONLY)
+        try:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            self._labels = seal(self.path, coded)
+        finally:
+            os.close(turn)
 
     def close(self, finished: bool = False) -> None:
         """Let other writers in; `finished` where a store that grows has every row."""
@@ -215,6 +220,20 @@ class Stream:
         finally:
             while self._locks:
                 os.close(self._locks.pop())
+
+
+def _make(path: Path, first: xr.Dataset, layout: Layout, identity: Mapping[str, Any]) -> None:
+    """A store without a block."""
+    import zarr
+
+    known = {FINISHED: layout.n_row is not None, IDENTITY: json.dumps(dict(identity), sort_keys=True)}
+    coded = encoded(first.assign_attrs(known))
+    coords = " ".join(str(name) for name in coded.coords if name not in coded.dims)
+    group = zarr.create_group(path, zarr_format=3, attributes=coded.attrs | {"coordinates": coords})
+    zarr.create_group(journal(path), zarr_format=3)
+    for name, variable in coded.variables.items():
+        _create(group, str(name), variable, layout)
+    seal(path, names=[str(name) for name in coded.variables])
 
 
 def _create(group: Any, name: str, variable: Any, layout: Layout) -> None:
@@ -231,7 +250,8 @@ def _create(group: Any, name: str, variable: Any, layout: Layout) -> None:
         sizes["batch"], chunk["batch"] = layout.n_row or 0, layout.rows
         chunk |= {"layer": 1} if "layer" in chunk else {}
         per_token = kind.itemsize * int(np.prod([n for dim, n in chunk.items() if dim != "token"]))
-        chunk["token"] = max(1, min(chunk.get("token", 1), CHUNK // max(1, per_token)))
+        length = chunk.get("token", 1) if layout.n_row else max(GROWING, chunk.get("token", 1))
+        chunk["token"] = max(1, min(length, CHUNK // max(1, per_token)))
         chunk = {dim: chunk[dim] for dim in sizes}
     is_text = kind.kind in "OT"
     array = group.create_array(
@@ -270,34 +290,12 @@ def _narrowed(name: str, values: np.ndarray, valid: np.ndarray, dtype: str) -> t
     )
 
 
-def _locked(held: Path, path: Path, how: int) -> int:
-    """A handle on `held` that keeps others from the store until it is closed, or its process dies.
-
-    Raises:
-        ValueError: another writer.
-    """
-    handle = os.open(held, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, how | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        raise ValueError(
-            f"another process is writing to {path}: wait for it, or choose another store (several processes write one"
-            " store only with shard=, see mp.shard)"
-        ) from None
-    return handle
-
-
-def _locked_shard(path: Path, shard: Shard) -> int:
-    """A handle that keeps others from this share of the rows."""
-    held = journal(path) / f"shard-{shard[0]}"
-    held.touch()
-    return _locked(held, path, fcntl.LOCK_EX)
-
-
 def _check_same(path: Path, identity: Mapping[str, Any]) -> None:
-    """Check that a store is of the same recording."""
-    held = json.loads((path / "zarr.json").read_text()).get("attributes", {}).get(IDENTITY)
+    """Check that a store is whole but for its rows, and of the same recording."""
+    root = read_object(path / "zarr.json")
+    attrs = root.get("attributes", {})
+    check_seal(attrs.get(SEAL), zarr_header(root), path)
+    held = attrs.get(IDENTITY)
     if held is None:
         raise ValueError(f"{path} was not streamed by a recording, so it cannot be resumed: choose another store")
     before, now = json.loads(json.loads(held)), json.loads(json.dumps(dict(identity)))
@@ -305,3 +303,6 @@ def _check_same(path: Path, identity: Mapping[str, Any]) -> None:
              if before.get(name) != now.get(name)]  # fmt: skip
     if apart:
         raise ValueError(f"{path} holds another recording, so it cannot be resumed: {'; '.join(apart)}")
+    for name, array in root["consolidated_metadata"]["metadata"].items():
+        if read_object(path / name / "zarr.json") != array:
+            raise ValueError(f"{path / name / 'zarr.json'} is damaged: it is not what {path / 'zarr.json'} repeats")

@@ -19,10 +19,7 @@ from mamba_probe.mixers.offload import place
 from mamba_probe.tasks import Task
 from mamba_probe.trace.contract import unknown_name
 
-__all__ = ["CorpusInput", "ModelInput", "checked_input"]
-
-LOOKED_AT = 256
-"""Rows of a corpus among which an id out of range is looked for at once."""
+__all__ = ["CorpusInput", "Labelled", "ModelInput", "checked_input"]
 
 
 @dataclass
@@ -110,6 +107,16 @@ class CorpusInput(ModelInput):
         return self.corpus[rows].labels
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """What a model is run on, with attributes and labels over (batch, token) for its trace beside its own."""
+
+    inputs: Any
+    attention_mask: Any = None
+    labels: Mapping[str, np.ndarray] = field(default_factory=dict)
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+
+
 def checked_input(
     model: nn.Module, width: int, inputs: Any, attention_mask: Any, text: Sequence[str] | None, tokenizer: Any
 ) -> ModelInput:
@@ -120,6 +127,12 @@ def checked_input(
     """
     if (inputs is None) == (text is None):
         raise ValueError("pass either inputs (ids, hidden states, a dict, a Task or a Corpus) or text=[...], not both")
+    if isinstance(inputs, Labelled):
+        given = checked_input(model, width, inputs.inputs, inputs.attention_mask, None, None)
+        given.attrs = given.attrs | inputs.attrs
+        if inputs.labels:
+            given.labels = given.labels | inputs.labels
+        return given
     if isinstance(inputs, Corpus):
         return _from_corpus(model, inputs, attention_mask)
     if text is not None:
@@ -142,7 +155,7 @@ def _from_corpus(model: nn.Module, corpus: Corpus, attention_mask: Any) -> Model
     if attention_mask is not None:
         raise ValueError("a corpus brings its own attention mask: lay it out with mp.corpus(..., layout=...)")
     if corpus.largest_id >= _n_vocab(model, (len(corpus), corpus.length)):
-        for batch in corpus.batches(LOOKED_AT):
+        for batch in corpus.blocks():
             _check_ids(model, torch.from_numpy(batch.ids), batch.first)
     if corpus.padding_tokens:
         _prepared(model, {"attention_mask": torch.zeros(1, 1, dtype=torch.long)})
@@ -168,6 +181,11 @@ def _fitted(model: nn.Module, keywords: dict[str, Any]) -> dict[str, Any]:
     passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
     first = list(takes.values())[1]
     named = first.kind is first.POSITIONAL_OR_KEYWORD and (first.default is first.empty or not passes_on)
+    if "hidden_states" in keywords and "hidden_states" not in takes and first.name == "input_ids":
+        raise ValueError(
+            f"{type(model).__name__} takes token ids (batch, token), which are integers; got"
+            f" {keywords['hidden_states'].dtype} of shape {tuple(keywords['hidden_states'].shape)}"
+        )
     if "hidden_states" in keywords and "hidden_states" not in takes and named:
         keywords[first.name] = keywords.pop("hidden_states")
     known = set(takes) if not passes_on else {name for part in model.modules() for name in _names(type(part))}
@@ -184,11 +202,6 @@ def _fitted(model: nn.Module, keywords: dict[str, Any]) -> dict[str, Any]:
 
 
 @cache
-    if "hidden_states" in keywords and "hidden_states" not in takes and first.name == "input_ids":
-        raise ValueError(
-            f"{type(model).__name__} takes token ids (batch, token), which are integers; got"
-            f" {keywords['hidden_states'].dtype} of shape {tuple(keywords['hidden_states'].shape)}"
-        )
 def _names(kind: type[nn.Module]) -> tuple[str, ...]:
     """What a module's forward takes."""
     return tuple(inspect.signature(kind.forward).parameters)
@@ -223,6 +236,11 @@ def _from_mapping(inputs: Mapping[str, Any], attention_mask: Any) -> ModelInput:
         raise ValueError(f"a dict needs input_ids, inputs_embeds or hidden_states, one of them; got {came}")
     main = found[0]
     checked = _from_array(keywords.pop(main), keywords.pop("attention_mask", None))
+    if (main == "input_ids") != ("input_ids" in checked.keywords):
+        raise ValueError(f"{main} of the dict holds {next(iter(checked.keywords.values())).dtype}: ids are integers")
+    for key, value in keywords.items():
+        if isinstance(value, Tensor) and value.shape[:1] != (checked.batch,):
+            raise ValueError(f"{key} needs a row for each of {checked.batch}; got shape {tuple(value.shape)}")
     renamed = {main if key in ("input_ids", "hidden_states") else key: value for key, value in checked.keywords.items()}
     return ModelInput(keywords | renamed, checked.batch, checked.length)
 
@@ -236,11 +254,6 @@ def _from_task(task: Task, attention_mask: Any) -> ModelInput:
         given.batch,
         given.length,
         labels,
-    if (main == "input_ids") != ("input_ids" in checked.keywords):
-        raise ValueError(f"{main} of the dict holds {next(iter(checked.keywords.values())).dtype}: ids are integers")
-    for key, value in keywords.items():
-        if isinstance(value, Tensor) and value.shape[:1] != (checked.batch,):
-            raise ValueError(f"{key} needs a row for each of {checked.batch}; got shape {tuple(value.shape)}")
         {
             "task": task.name,
             "task_params": json.dumps(task.params),
@@ -272,6 +285,9 @@ def _tensor(value: Any, name: str) -> Tensor:
         tensor = value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{name} is no rectangular array of numbers ({error}); pad rows and pass a mask") from error
+    if tensor.is_complex() or tensor.device.type == "meta" or tensor.layout != torch.strided:
+        came = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+        raise ValueError(f"{name} is a dense tensor of integers or real numbers that exist; got {came}")
     if tensor.dtype == torch.bool and name != "attention_mask":
         raise ValueError(f"{name} is boolean; expected token ids (integers) or hidden states (floats)")
     return tensor.long() if not tensor.is_floating_point() and tensor.dtype != torch.bool else tensor
@@ -285,9 +301,6 @@ def _check(model: nn.Module, width: int, given: ModelInput) -> None:
     for name, value in given.keywords.items():
         if name == "input_ids":
             _check_ids(model, value)
-    if tensor.is_complex() or tensor.device.type == "meta" or tensor.layout != torch.strided:
-        came = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
-        raise ValueError(f"{name} is a dense tensor of integers or real numbers that exist; got {came}")
         elif name in ("hidden_states", "inputs_embeds"):
             _check_hidden(value, width, name)
         elif name == "attention_mask":

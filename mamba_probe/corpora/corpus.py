@@ -19,8 +19,8 @@ __all__ = ["Batch", "Corpus", "corpus"]
 LAYOUTS = ("packed", "padded")
 LONG = ("error", "split", "truncate")
 EMPTY = ("error", "skip")
-HASHED = 256
-"""Rows read at once for the hash, which does not depend on it."""
+BLOCK = 2**13
+"""Tokens read at once where all rows are gone through."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,10 @@ class Corpus:
             raise ValueError(f"batch_size is at least 1; got {batch_size}")
         return (self[start : start + batch_size] for start in range(0, self._n_rows, batch_size))
 
+    def blocks(self) -> Iterator[Batch]:
+        """All rows in order, as many at a time as memory does not feel."""
+        return self.batches(max(1, BLOCK // self.length))
+
     @property
     def padding_tokens(self) -> int:
         """Places of all rows that hold no token."""
@@ -168,7 +172,7 @@ class Corpus:
     def sha256(self) -> str:
         """Hash of the rows: their number and length, then each row's ids and mask (8 and 1 bytes, little-endian)."""
         digest = hashlib.sha256(np.array([self._n_rows, self.length], "<i8").tobytes())
-        for batch in self.batches(HASHED):
+        for batch in self.blocks():
             for ids, mask in zip(batch.ids, batch.mask, strict=True):
                 digest.update(ids.astype("<i8").tobytes() + mask.astype("u1").tobytes())
         return digest.hexdigest()

@@ -140,13 +140,10 @@ def stream(
     mine = [number for number in range(part, len(spans), parts) if number not in held.done]
     with (
         closing(held),
-        warnings.catch_warnings(),
         recording(sink) as recorder,
         bar("recording", len(mine), progress) as step,
         torch.no_grad(),
     ):
-        if storing.shard is not None:
-            warnings.filterwarnings("ignore", ".*the recording was broken off", UserWarning)  # others go on
         for number, span in enumerate(spans):
             if number not in mine:
                 recorder.skip(span.stop - span.start)
@@ -155,7 +152,10 @@ def stream(
             model(**given.piece(span))
             recorder.flush()
             step("")
-    return recorder.dataset
+    with warnings.catch_warnings():
+        if storing.shard is not None:
+            warnings.filterwarnings("ignore", ".*the recording was broken off", UserWarning)  # others go on
+        return recorder.dataset
 
 
 def template(

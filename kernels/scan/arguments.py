@@ -387,6 +387,11 @@ def _checked_emit(emit: Emit | None, *, n_token: int, n_head: int, is_complex: b
 
 def buffers(a: Arguments) -> dict[str, Tensor]:
     """Uninitialised outputs of what was asked for; B and C are inputs and need none."""
+    return {name: torch.empty(shape, dtype=dtype, device=a.x.device) for name, (shape, dtype) in emitted_as(a).items()}
+
+
+def emitted_as(a: Arguments) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of what was asked for but B and C."""
     if not a.emit.variables:
         return {}
     head_channel, state = a.x.shape[3], a.B.shape[3]
@@ -404,7 +409,5 @@ def buffers(a: Arguments) -> dict[str, Tensor]:
     dtypes = dict.fromkeys(tails, a.dtype) | {"delta_cumsum": torch.float64}
     dtypes |= dict.fromkeys(STATE_SIZED, a.emit.dtype or a.state_dtype)
     return {
-        name: torch.empty((a.x.shape[0], *a.kept, *tail), dtype=dtypes[name], device=a.x.device)
-        for name, tail in tails.items()
-        if name in a.emit.variables
+        name: ((a.x.shape[0], *a.kept, *tail), dtypes[name]) for name, tail in tails.items() if name in a.emit.variables
     }

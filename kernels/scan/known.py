@@ -15,8 +15,9 @@ from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 from triton.runtime.errors import OutOfResources
 
+from mamba_probe.kernels.emission import Emission
 from mamba_probe.kernels.scan import backward, chunked, chunked_backward, fused
-from mamba_probe.kernels.scan.arguments import TENSORS, Arguments
+from mamba_probe.kernels.scan.arguments import TENSORS, Arguments, emitted_as
 from mamba_probe.kernels.scan.launcher import Plan, Plans, maker, run
 from mamba_probe.kernels.scan.sums import ANSWERS
 
@@ -26,6 +27,9 @@ CALLED = {"delta_bias": "bias", "initial_state": "initial"}
 """Arguments that plans know by another name."""
 
 NOTHING = nullcontext()
+
+NONE = Emission()
+"""Emitted, by calls that ask for nothing."""
 
 NO_OTHER = (None,) * 6
 """Gradients of what a scan answers beside its output, as the keys of backward plans have them."""
@@ -51,7 +55,7 @@ class Backward(NamedTuple):
 
 
 class Known:
-    """Calls that give `names`, tensors like `given`, and ask for an output and a last state alone."""
+    """Calls that give `names` and tensors like `given`, with the same options; those that emit, without gradients."""
 
     def __init__(self, names: Sequence[str], given: Sequence[Tensor], options: tuple[Any, ...]) -> None:
         self.names, self.options = tuple(names), options
@@ -61,6 +65,8 @@ class Known:
         ).check
         self.wanted = [tensor.requires_grad for tensor in given]
         self.needs_grad = any(self.wanted)
+        self.emitted: tuple[str, ...] = ()
+        self.copied: list[tuple[str, int]] = []
         self.forwards: dict[bool, Forward] = {}
         self.backwards: dict[Hashable, Backward] = {}
 
@@ -73,18 +79,29 @@ class Known:
         shapes = {"out": (tuple(a.x.shape), a.x.dtype), "last": (a.state_shape, a.dtype)}
         if saves and not a.scalar_A:
             shapes["states"] = fused.saved_shape(a), a.dtype
+        emitted = emitted_as(a)
+        self.emitted = tuple(emitted)
+        self.copied = [(name, self.names.index(name)) for name in "BC" if name in a.emit.variables]
+        shapes |= {f"e_{name}": kind for name, kind in emitted.items()}
         if plan is not None:
             makes = [(s, torch.empty(s, device="meta").stride(), dtype) for s, dtype in shapes.values()]
             self.forwards[saves] = Forward(plan, (*self.called, *shapes), makes)
 
     def forward(self, given: Sequence[Tensor], saves: bool) -> list[Tensor]:
-        """Output and last state, and what a backward begins from, if anything."""
+        """Output and last state, and what a backward begins from, if anything, or what is emitted."""
         plan, names, makes = self.forwards[saves]
         with _current(plan.device):
             make = maker(plan.device)
             made = [make(*each) for each in makes]
             run(plan, names, (*given, *made))
         return made
+
+    def emission(self, filled: Sequence[Tensor], given: Sequence[Tensor]) -> Emission:
+        """Of what a forward filled, with copies of B and C where they were asked for."""
+        if not self.emitted and not self.copied:
+            return NONE
+        found = dict(zip(self.emitted, filled, strict=True))
+        return Emission(**found, **{name: given[i].clone() for name, i in self.copied})
 
     def keep_backward(self, a: Arguments, plans: Plans, above: Tensor, has_states: bool) -> None:
         """The same of a backward, from `above`, the gradient of the output."""
@@ -132,11 +149,12 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
 
 
 def is_plain(tensors: Sequence[Tensor | None], a: Arguments) -> bool:
-    """Whether a call asks for an output and a last state alone, and the kernels read each of its tensors, in the order
-    of TENSORS, where it lies: as `Arguments` has it, or A and D as views of it."""
+    """Whether a call asks for what one kernel makes of all tokens and heads, and the kernels read each of its tensors,
+    in the order of TENSORS, where it lies: as `Arguments` has it, or A and D as views of it."""
     x, delta, A, B, C, D, z, bias, initial, seq_idx, log_decay = tensors
-    asks = a.emit.variables or a.emit.tokens is not None or a.emit.channels is not None
-    if asks or seq_idx is not None or log_decay is not None or a.A.is_complex():
+    part = a.emit.tokens is not None or a.emit.channels is not None
+    more = {"mass", "mass_distance"}.intersection(a.emit.variables)
+    if part or more or seq_idx is not None or log_decay is not None or a.A.is_complex():
         return False
     viewed = [A] if D is None else [A, D]
     if any(tensor is None or tensor.dtype != a.dtype or not tensor.is_contiguous() for tensor in viewed):

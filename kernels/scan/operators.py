@@ -92,8 +92,10 @@ def again(key: Hashable, given: Sequence[Tensor]) -> tuple[Tensor, Tensor, Emiss
             saves = known.needs_grad and torch.is_grad_enabled()
             if saves not in known.forwards:
                 return None
-            out, last = _again(known, *given) if saves else known.forward(given, False)
-            return out, last, NOTHING
+            if saves:
+                return *_again(known, *given), NOTHING
+            out, last, *filled = known.forward(given, False)
+            return out, last, known.emission(filled, given)
     return None
 
 
@@ -107,6 +109,8 @@ def remember(
         return
     if type(limits) is not tuple or not {*map(type, limits)} <= {int, float} or not gpu.is_plain(tensors, a):
         return  # a tensor, as a limit, may change
+    if a.emit.variables and needs_grad(tensors):
+        return
     alike = _known.get(key, ())
     known = next((known for known in alike if known.is_like(*given.values())), None)
     if known is None:

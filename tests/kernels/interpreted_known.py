@@ -85,6 +85,31 @@ def trained(kind: str) -> None:
     print("held", flush=True)
 
 
+def emitted(kind: str) -> None:
+    """What is emitted, of every token and head; some of them, or mass, or with gradients: the long way."""
+    forget()
+    first, second = drawn(kind), drawn(kind, seed=2)
+    every = Emit(("delta", "A_bar", "B", "C", "h", "delta_cumsum") if kind == "mamba" else ("delta", "C"))
+    with torch.no_grad():
+        expected = shown(second, every)
+        operators._known.clear()
+        shown(first, every)
+        same(known(lambda: shown(second, every)), expected)
+        for emit in (Emit(("delta",), tokens=(1,)), Emit(("delta", "mass"))) if kind == "mamba" else ():
+            shown(second, emit)
+            with pytest.raises(AssertionError, match="anew"):
+                known(lambda emit=emit: shown(second, emit))
+    if kind == "mamba":
+        same(call(second, emit=every), anew(second, emit=every))
+    print("held", flush=True)
+
+
+def shown(given: dict[str, Any], emit: Emit) -> list[torch.Tensor]:
+    """All that a call answers."""
+    result = selective_scan(**given, backend="triton", emit=emit)
+    return [result.y, result.last_state, *[v for v in vars(result.emission).values() if v is not None]]
+
+
 def twice(kind: str) -> None:
     """One graph gone back through twice, and two graphs at once."""
     forget()
@@ -200,6 +225,7 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)  # what is made answers NaN: an output that is not written shows
     for kind in SHAPES:
         trained(kind)
+        emitted(kind)
         twice(kind)
     for check in (others, refused, swapped, contexts, held):
         check()

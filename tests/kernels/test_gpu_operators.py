@@ -89,6 +89,22 @@ def test_a_known_call_answers_what_the_first_did(oracle, family):
 
 
 @pytest.mark.parametrize("family", SHAPES)
+def test_a_known_call_emits_what_the_first_did(oracle, family):
+    operators._known.clear()
+    given = arguments(oracle, family)
+    for names in (("delta", "B", "C"), ("delta", "A_bar", "h", "y")):
+        found = [selective_scan(**given, emit=Emit(names)) for _ in range(3)]
+        ((known,),) = operators._known.values()
+        assert known.emitted == tuple(name for name in names if name not in "BC")
+        operators._known.clear()
+        for each in found[1:]:
+            assert torch.equal(each.y, found[0].y)
+            assert torch.equal(each.last_state, found[0].last_state)
+            for name in names:
+                assert torch.equal(getattr(each.emission, name), getattr(found[0].emission, name)), name
+
+
+@pytest.mark.parametrize("family", SHAPES)
 def test_a_known_call_is_captured(oracle, family):
     """Leaves of its own: those that went back on another stream tie the engine to that."""
     drawn = arguments(oracle, family)

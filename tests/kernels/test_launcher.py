@@ -249,4 +249,4 @@ def test_of_another_order_of_names_the_addresses_are_the_same_arguments():
 
 
 def test_a_call_that_is_known_does_what_the_first_did(script):
-    assert script("interpreted_known.py", TRITON_INTERPRET="1") == ["held"] * 11
+    assert script("interpreted_known.py", TRITON_INTERPRET="1") == ["held"] * 14

@@ -76,7 +76,7 @@ def restore(
     """
     path = Path(directory) / CHECKPOINT
     tensors, said = _read(path)
-    _same(path, config, Config.from_json(said["config"]))
+    _same(path, config, said["config"])
     model.load_state_dict({name: tensors.pop(f"model.{name}") for name in model.state_dict()})
     for name, parameter in model.named_parameters():
         kinds = [key.removesuffix(f".{name}") for key in tensors if key.endswith(f".{name}")]
@@ -102,11 +102,26 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, said
 
 
-def _same(path: Path, wanted: Config, found: Config) -> None:
+def _same(path: Path, wanted: Config, text: str) -> None:
+    """Compared as JSON first: to make another's config would draw a row of its task, of whatever length it says."""
     names = [field.name for field in fields(Config) if field.name not in FREE]
-    differ = [f"{n} {getattr(found, n)!r}, not {getattr(wanted, n)!r}" for n in names if _differ(wanted, found, n)]
+    own, given = json.loads(wanted.to_json()), _object(path, text)
+    differ = [f"{n} {given[n]!r}, not {own[n]!r}" for n in names if n in given and given[n] != own[n]]
+    if not differ:
+        found = Config.from_json(text)
+        differ = [f"{n} {getattr(found, n)!r}, not {getattr(wanted, n)!r}" for n in names if _differ(wanted, found, n)]
     if differ:
         raise ValueError(f"{path} is of another training ({'; '.join(differ)}): choose another directory")
+
+
+def _object(path: Path, text: str) -> dict[str, Any]:
+    try:
+        given = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged (its config is no JSON: {error}): remove it to train anew") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} is damaged (its config is no JSON object): remove it to train anew")
+    return given
 
 
 def _differ(wanted: Config, found: Config, name: str) -> bool:

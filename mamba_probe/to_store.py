@@ -20,6 +20,7 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
+from mamba_probe.arguments import whole as whole_number
 from mamba_probe.estimate import layout_of, readable
 from mamba_probe.inputs import CorpusInput, ModelInput
 from mamba_probe.keeping import Courier
@@ -80,10 +81,11 @@ class Storing:
         return cls(path, overwrite, resume, most, compress, _narrowing(narrow, plan), force, shard)
 
     def rows(self, plan: Plan, given: ModelInput, batch_size: int | None, model: nn.Module, width: int) -> int:
-        """Of a block: `batch_size`, or as many as fit into `max_memory` together.
+        """Of a block: `batch_size`, or as many as fit into `max_memory` together; no more than there are.
 
         Raises:
-            ValueError: one layer of one variable does not fit, or the disk has not as many bytes left.
+            ValueError: batch_size below 1, one layer of one variable does not fit, or the disk has not as many bytes
+                left.
         """
         dtype = next(model.parameters()).dtype
 
@@ -93,7 +95,8 @@ class Storing:
 
         by_layer = {name: weight(name) for name in plan.steps}
         whole = len(plan.layers) * sum(by_layer.values()) or 1
-        rows = batch_size or max(1, min(given.batch, self.max_memory // whole))
+        asked = None if batch_size is None else whole_number("batch_size", batch_size, 1)
+        rows = min(given.batch, asked or max(1, self.max_memory // whole))
         name, largest = max(by_layer.items(), key=lambda item: item[1], default=("", 0))
         if largest * rows > self.max_memory:
             most = self.max_memory // max(1, largest)

@@ -14,7 +14,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri
 
 
 def write_page(path: Path, template: str, **values: Any) -> Path:
-    """Render a Jinja template and write it whole. Every value is escaped for HTML, and what is hidden in it is shown.
+    r"""Render a Jinja template and write it whole. Every value is escaped for HTML, and what is hidden in it is shown.
 
     Raises:
         jinja2.UndefinedError: the template names a value that is not given.

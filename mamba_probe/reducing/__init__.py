@@ -5,6 +5,8 @@ Each is made anew by its function here and given to `probe.reduce` (or `probe.re
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from mamba_probe.reducing.histogram import Histogram
 from mamba_probe.reducing.horizon import Horizon
 from mamba_probe.reducing.moments import Mean
@@ -39,7 +41,7 @@ def mean(variable: str, *, name: str | None = None, n_bootstrap: int = 200, seed
 
 
 def histogram(
-    variable: str, *, bins: Sequence[float], name: str | None = None, n_bootstrap: int = 200, seed: int = 0
+    variable: str, *, bins: Sequence[float] | np.ndarray, name: str | None = None, n_bootstrap: int = 200, seed: int = 0
 ) -> Histogram:
     """Counts of a variable's values by log2: bin [e, e') counts 2^e <= v < 2^e', exactly.
 

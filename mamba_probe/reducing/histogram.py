@@ -20,7 +20,13 @@ class Histogram(Accumulating):
     """See `histogram`."""
 
     def __init__(
-        self, variable: str, bins: Sequence[float], *, name: str | None = None, n_bootstrap: int = 200, seed: int = 0
+        self,
+        variable: str,
+        bins: Sequence[float] | np.ndarray,
+        *,
+        name: str | None = None,
+        n_bootstrap: int = 200,
+        seed: int = 0,
     ):
         super().__init__(n_bootstrap, seed)
         self.variables, self.name, self.edges = (variable,), name or variable, _edges(bins)
@@ -90,7 +96,7 @@ def counted(
     return np.bincount(flat.ravel(), minlength=len(series) * (n_bins + 3)).reshape(len(series), -1)
 
 
-def _edges(bins: Sequence[float]) -> Float[np.ndarray, " edge"]:
+def _edges(bins: Sequence[float] | np.ndarray) -> Float[np.ndarray, " edge"]:
     edges = np.asarray(bins, dtype=float) if np.ndim(bins) == 1 else np.zeros(0)
     if len(edges) < 2 or not np.isfinite(edges).all() or np.any(np.diff(edges) <= 0):
         raise ValueError(

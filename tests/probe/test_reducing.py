@@ -253,16 +253,17 @@ def test_classes_of_a_task_of_ids_and_of_text(model):
 def test_memory_does_not_grow_with_the_rows(model):
     def peak(n, probe):
         rows = mp.corpus(([i % 50 + 1 for i in range(j, j + 8)] for j in range(n)), layout="padded")
+        few = [mp.reduce.mean("delta", n_bootstrap=2), mp.reduce.horizon(n_bootstrap=2)]
         tracemalloc.start()
         try:
-            probe.reduce(rows, [mp.reduce.mean("delta", n_bootstrap=2), mp.reduce.horizon(n_bootstrap=2)], batch_size=4)
+            probe.reduce(rows, few, batch_size=4, layers=[0], channels=[0, 1, 2])
             return tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
 
     with mp.attach(model) as probe:
-        peak(8, probe)
-        small, large = peak(8, probe), peak(80, probe)
+        peak(32, probe)  # all units have a row from here on
+        small, large = peak(32, probe), peak(160, probe)
     assert large < 1.1 * small, (small, large)
 
 

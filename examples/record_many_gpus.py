@@ -38,4 +38,4 @@ with mp.attach(model) as probe:
         inputs, store=asked.out, batch_size=asked.batch_size, resume=True, shard=mp.shard(), progress=rank == 0
     )
 if rank == 0:
-    print(f"{asked.out}: {trace.sizes['batch']} of {len(inputs)} rows are there; the others may still be on their way")
+    print(f"{asked.out} holds {trace.sizes['batch']} rows; those of other processes may still be on their way")

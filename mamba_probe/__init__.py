@@ -26,11 +26,12 @@ from mamba_probe.probe import Probe, attach, detach  # noqa: E402
 from mamba_probe.recorder import Recorder  # noqa: E402
 from mamba_probe.to_store import shard  # noqa: E402
 from mamba_probe.trace import open_trace  # noqa: E402
+from mamba_probe.trace.verify import verify  # noqa: E402
 
 __all__ = [
     "Corpus", "Probe", "Recorder", "ablate", "assign", "attach", "blocks", "clamp", "compare", "constructions",
     "corpus", "detach", "freeze", "load", "load_tokenizer", "open_trace", "patching", "reduce", "scale", "shard",
-    "swap", "tasks", "zero", "zoo",
+    "swap", "tasks", "verify", "zero", "zoo",
 ]  # fmt: skip
 
 __version__ = "0.1.0"

@@ -18,8 +18,8 @@ from google_crc32c import value as crc32c
 from mamba_probe.trace.coding import NARROWED, jsoned
 
 __all__ = [
-    "FINISHED", "UNKNOWN", "Block", "Drift", "committed", "journal", "whole_rows", "without_unknown", "write_entry",
-    "write_whole",
+    "FINISHED", "UNKNOWN", "Block", "Drift", "committed", "entry", "journal", "whole_rows", "without_unknown",
+    "write_entry", "write_whole",
 ]  # fmt: skip
 
 FINISHED = "finished"
@@ -72,7 +72,12 @@ def write_entry(path: Path, block: Block) -> None:
     """Enter a block: from now on the store holds it. One rename, so that it is there or not."""
     text = json.dumps(asdict(block), sort_keys=True)
     target = journal(path) / f"block-{block.number:09d}.json"
-    write_whole(target, json.dumps({"block": text, "crc32c": crc32c(text.encode())}))
+    write_whole(target, _checked(text))
+
+
+def _checked(text: str) -> str:
+    """What a file of the journal holds."""
+    return json.dumps({"block": text, "crc32c": crc32c(text.encode())})
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -96,16 +101,23 @@ def committed(path: Path) -> list[Block]:
     Raises:
         ValueError: a damaged entry.
     """
-    return [_entry(file) for file in sorted(journal(path).glob("block-*.json"))]
+    return [entry(file) for file in sorted(journal(path).glob("block-*.json"))]
 
 
-def _entry(file: Path) -> Block:
+def entry(file: Path) -> Block:
+    """An entry of the journal.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     try:
-        held = json.loads(file.read_text())
-        text = held["block"]
-        if crc32c(text.encode()) != held["crc32c"]:
+        held = file.read_text()
+        text = json.loads(held)["block"]
+        if held != _checked(text):
             raise ValueError("its checksum is not that of its text")
         found: dict[str, Any] = json.loads(text)
+        if found["number"] != int(file.stem.removeprefix("block-")):
+            raise ValueError("it is another block's")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file}: a damaged entry of the journal ({error}): without it it is unknown whether its rows are whole."

@@ -25,7 +25,7 @@ from mamba_probe.trace.writers import locked
 from mamba_probe.untrusted import read_object
 
 __all__ = [
-    "check_free", "check_suffix", "netcdf_header", "open_dataset", "open_trace", "remove", "save", "seal",
+    "check_free", "check_suffix", "netcdf_header", "open_dataset", "open_trace", "raw", "remove", "save", "seal",
     "zarr_header",
 ]  # fmt: skip
 
@@ -95,7 +95,7 @@ def seal(path: Path, attrs: Mapping[str, str] | None = None, names: Iterable[str
 def _seal_netcdf(path: Path) -> dict[str, str]:
     import h5py
 
-    with _raw(path) as coded:
+    with raw(path) as coded:
         found = seal_of(netcdf_header(coded))
     with h5py.File(path, "r+") as file:
         file.attrs[SEAL] = found
@@ -141,7 +141,7 @@ def open_dataset(path: str | PathLike[str]) -> xr.Dataset:
         raise FileNotFoundError(f"no store at {path}")
     try:
         check_store(path)
-        coded = _raw(path)
+        coded = raw(path)
         check_opened(coded)
         header = netcdf_header(coded) if path.suffix == ".nc" else zarr_header(read_object(path / "zarr.json"))
         check_seal(coded.attrs.pop(SEAL, None), header, path)
@@ -172,15 +172,18 @@ def open_trace(path: str | PathLike[str]) -> xr.Dataset:
     return trace
 
 
-def _raw(path: Path) -> xr.Dataset:
+def raw(path: Path) -> xr.Dataset:
     """The Dataset as it is coded."""
     if path.suffix == ".nc":
         return xr.open_dataset(path, engine="h5netcdf", chunks={})
     from mamba_probe.trace.guarded import GuardedStore
 
     root = read_object(path / "zarr.json")
-    guarded = GuardedStore(path, checked=SEAL in root.get("attributes", {}))
-    return xr.open_zarr(guarded, chunks={}, consolidated="consolidated_metadata" in root)
+    sealed, together = SEAL in root.get("attributes", {}), "consolidated_metadata" in root
+    if together and not sealed:
+        raise ValueError(f"{path}: the seal of its header is gone: restore it from a copy, or record it again")
+    guarded = GuardedStore(path, checked=sealed)
+    return xr.open_zarr(guarded, chunks={}, consolidated=together)
 
 
 def _checkable(array: Any) -> bool:

@@ -20,6 +20,7 @@ import xarray as xr
 
 from mamba_probe.trace.blocks import FINISHED, Block, Drift, committed, journal, write_entry
 from mamba_probe.trace.coding import NARROWED, SEAL, check_seal, encoded, jsoned
+from mamba_probe.trace.guarded import FlushedStore
 from mamba_probe.trace.store import seal, zarr_header
 from mamba_probe.trace.writers import Shard, cleared, joined, locked, locked_shard, sweep
 from mamba_probe.untrusted import read_object
@@ -69,7 +70,7 @@ class Stream:
         import zarr
 
         self.path, self._layout, self._locks = path, layout, locks
-        group = zarr.open_group(path, mode="r+", use_consolidated=False)
+        group = zarr.open_group(FlushedStore(path), mode="r+", use_consolidated=False)
         self._labels: dict[str, Any] = dict(group.attrs)
         found: dict[str, Any] = dict(group.arrays())
         self._arrays = {name: array.with_config({"write_empty_chunks": True}) for name, array in found.items()}

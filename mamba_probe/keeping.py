@@ -8,6 +8,7 @@ small for a copy of their own go together with those of the next layers.
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 import torch
@@ -39,12 +40,18 @@ def host_like(whole: Tensor, n_layer: int) -> Tensor:
     return torch.empty((n_layer, *whole.shape[1:]), dtype=widened(whole.dtype), device="cpu", pin_memory=pinned)
 
 
+@cache
+def _copying(device: torch.device) -> torch.cuda.Stream:
+    """The stream of copies from a device: one, since torch keeps the memory it works with by stream, and what a new
+    one needs is asked of the driver, which can take longer than the copies."""
+    return torch.cuda.Stream(device)
+
+
 class Courier:
     """Copies tensors to the host beside the model's own work."""
 
     def __init__(self, in_flight: int = IN_FLIGHT):
         self._in_flight = in_flight
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._under_way: deque[tuple[torch.cuda.Event, Tensor, Tensor]] = deque()
         self._bytes = 0
 
@@ -57,9 +64,7 @@ class Courier:
         if device.type != "cuda":
             target.copy_(source)
             return None
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        stream = self._streams[device]
+        stream = _copying(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)  # widened and made contiguous on the device

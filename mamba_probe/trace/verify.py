@@ -230,7 +230,7 @@ class _NetCDF(_Reader):
             self.tried("", self._header)
         with bar(f"verifying {self.path.name}", None, progress) as step:
             file = None if self.damages else self.tried("", h5py.File, self.path, "r")
-            for name in () if file is None else file:
+            for name in file or ():
                 step(name)
                 self.tried(name, self._variable, name, file[name])
             if file is not None:

@@ -64,7 +64,7 @@ def test_a_task_its_labels_and_hidden_states(tmp_path):
         assert {"role", "target", "source_token"} <= set(streamed.coords)
         other = mp.tasks.mqar(batch=5, length=16, n_pairs=2, vocab=40, seed=1)
         other.target[other.target >= 0] = 3
-        with pytest.raises(ValueError, match="holds another recording.*labels: "):
+        with pytest.raises(ValueError, match=r"holds another recording.*labels: "):
             probe.record(other, batch_size=2, store=tmp_path / "task.zarr", resume=True)
     hidden = torch.randn(5, 7, 8, generator=torch.Generator().manual_seed(2))
     with mp.attach(mp.blocks.MambaBlock(8, d_state=4)) as probe:

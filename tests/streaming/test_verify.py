@@ -45,6 +45,15 @@ def opened(path):
         return open_dataset(path).load()
 
 
+def opened_or_refused(path, true):
+    """Whether a store gives its true values, or an error that names it."""
+    try:
+        found = opened(path)
+    except (ValueError, OSError) as error:
+        return path.stem in str(error)
+    return found.identical(true)
+
+
 @pytest.mark.parametrize("kind", ["run", "grown", "saved"])
 @pytest.mark.parametrize("each", [2, pytest.param(60, marks=[pytest.mark.long, pytest.mark.timeout(3000)])])
 def test_every_flipped_bit_is_found(stores, tmp_path, kind, each):
@@ -63,10 +72,7 @@ def test_every_flipped_bit_is_found(stores, tmp_path, kind, each):
             report = mp.verify(path)
             assert report.damages, f"bit {bit} of byte {offset} of {name}, {kept[offset]!r}"
             assert any(one.file.removeprefix("/") in ("", name) or name in str(one) for one in report.damages), report
-            try:
-                xr.testing.assert_identical(opened(path), true)
-            except (ValueError, OSError) as error:
-                assert "run.zarr" in str(error) or kind in str(error)
+            assert opened_or_refused(path, true)
             file.write_bytes(kept)
             tried += 1
     assert tried > 20 * each
@@ -102,7 +108,7 @@ def test_a_chunk_is_named_and_its_rows(stores, tmp_path):
     assert "`phase`: batch 4 to 7, token 0 to 12 (phase/c/1/0): chunk phase/c/1/0 is missing" in said
     assert "(delta/c/0/0/0/0)" in said
     shutil.copy(stores / "run.zarr" / "phase" / "c" / "1" / "0", path / "phase" / "c" / "1" / "0")
-    with pytest.raises(ValueError, match="delta/c/1/2/0/0 is damaged.*mamba-probe verify"):
+    with pytest.raises(ValueError, match=r"delta/c/1/2/0/0 is damaged.*mamba-probe verify"):
         mp.open_trace(path)["delta"][1, 9].load()
 
 

@@ -33,14 +33,14 @@ class ModelInput:
     """Coordinates over (batch, token)."""
     attrs: dict[str, Any] = field(default_factory=dict)
 
-    def spans(self, batch_size: int | None) -> list[slice]:
-        """Which rows each piece has, `batch_size` at a time.
+    def spans(self, batch_size: int | None, first: int = 0) -> list[slice]:
+        """Which rows each piece has, `batch_size` at a time, from row `first` on.
 
         Raises:
             ValueError: batch_size below 1.
         """
         step = self.batch if batch_size is None else whole("batch_size", batch_size, 1)
-        return [slice(start, min(start + step, self.batch)) for start in range(0, self.batch, step)]
+        return [slice(start, min(start + step, self.batch)) for start in range(first, self.batch, step)]
 
     def piece(self, rows: slice) -> dict[str, Any]:
         """The keywords of some rows."""
@@ -129,9 +129,9 @@ def checked_input(
         raise ValueError("pass either inputs (ids, hidden states, a dict, a Task or a Corpus) or text=[...], not both")
     if isinstance(inputs, Labelled):
         given = checked_input(model, width, inputs.inputs, inputs.attention_mask, None, None)
-        given.attrs = given.attrs | inputs.attrs
+        given.attrs = given.attrs | dict(inputs.attrs)
         if inputs.labels:
-            given.labels = given.labels | inputs.labels
+            given.labels = given.labels | dict(inputs.labels)
         return given
     if isinstance(inputs, Corpus):
         return _from_corpus(model, inputs, attention_mask)

@@ -96,10 +96,10 @@ def reduce(
     plan = checked_plan(probe._adapters, probe.groups, names, layers, None, channels, given.length)
     classed = classes(by, given.labelled(slice(0, 1)), "input_ids" in given.piece(slice(0, 1)))
     statics, attrs = probe._constants(plan)
-    described = _attrs(probe, given, attrs, classed, own)
+    described = _attrs(probe, given, attrs, classed, own) | {"batch_size": batch_size}
     folded = [Tally(), *own]
     kept = Progress(checkpoint, folded, described)
-    spans = [rows for rows in given.spans(batch_size) if rows.start >= kept.rows]
+    spans = given.spans(batch_size, kept.rows)
     with bar("reducing", len(spans), progress) as step, torch.no_grad():
         for rows in spans:
             recorder = Recorder(plan, statics, attrs)

@@ -14,7 +14,7 @@ from mamba_probe.reducing.reduction import Accumulating
 
 __all__ = ["Progress"]
 
-SAME = ("model_hash", "inputs_sha256", "by", "reductions", "backend", "dtype", "versions", "edits")
+SAME = ("model_hash", "inputs_sha256", "by", "reductions", "backend", "dtype", "versions", "edits", "batch_size")
 """What a call must share with the one that wrote a file, to go on with it to the same bits."""
 
 
@@ -46,7 +46,7 @@ class Progress:
 
     def _read(self, path: Path) -> None:
         try:
-            with np.load(path, allow_pickle=False) as held:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
                 said = json.loads(str(held["said"]))
                 arrays = [held[f"array_{i}"] for i in range(len(said["names"]))]
         except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:

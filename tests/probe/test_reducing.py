@@ -306,10 +306,12 @@ def test_a_resumed_reduction_ends_with_the_same_bits(model, tmp_path, monkeypatc
         begun = path.read_bytes()
         with pytest.raises(ValueError, match="is of another call: its by is"):
             probe.reduce(rows, ours(), batch_size=3, checkpoint=path)
-        again = probe.reduce(rows, ours(), by=by_vowel, batch_size=5, checkpoint=path)
+        with pytest.raises(ValueError, match="is of another call: its batch_size is 3, not 5"):
+            probe.reduce(rows, ours(), by=by_vowel, batch_size=5, checkpoint=path)
+        again = probe.reduce(rows, ours(), by=by_vowel, batch_size=3, checkpoint=path)
         path.write_bytes(begun[:-40])
         with pytest.raises(ValueError, match=r"no checkpoint of a reduction, or damaged"):
-            probe.reduce(rows, ours(), by=by_vowel, checkpoint=path)
+            probe.reduce(rows, ours(), by=by_vowel, batch_size=3, checkpoint=path)
     xr.testing.assert_identical(again.drop_attrs(), whole.drop_attrs())
 
 

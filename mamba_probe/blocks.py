@@ -376,7 +376,7 @@ def causal_conv1d_fn(
 
 def _mixer(described: dict[str, Any]) -> nn.Module:
     kind = described.pop("kind", None)
-    if kind not in BLOCKS:
+    if not isinstance(kind, str) or kind not in BLOCKS:
         raise ValueError(f"kind of a block must be one of {list(BLOCKS)}; got {kind!r}")
     try:
         return BLOCKS[kind](**described)

@@ -32,7 +32,7 @@ def measure_jacobian(
         raise ValueError("pass either query_tokens (what moved them) or source_tokens (what they move), and not both")
     seed = whole("seed", seed)
     if n_probes is not None and (source_tokens is None or direction is not None):
-        raise ValueError(f"n_probes goes with source_tokens and no direction; got n_probes={n_probes!r}")
+        raise ValueError(f"n_probes ({n_probes!r} came) goes with source_tokens and no direction")
     n_probes = None if n_probes is None else whole("n_probes", n_probes, 1)
     hidden, mask = _mixer_input(model, adapter, given)
     valid = torch.ones(hidden.shape[:2], dtype=torch.bool) if mask is None else mask.bool().cpu()

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from mamba_probe.trace.contract import unknown_name
+
 __all__ = ["dispatch", "refuse"]
 
 _NAMED = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -60,6 +62,10 @@ def dispatch(module: nn.Module, device_map: str | Mapping[str, Any]) -> nn.Modul
 
     whole: list[str] = sorted(getattr(module, "_no_split_modules", None) or ())
     if not isinstance(device_map, str):
+        known = {name for name, _ in (*module.named_modules(), *module.named_parameters())}
+        unknown = [name for name in device_map if name not in known]
+        if unknown:
+            raise unknown_name("module of device_map", unknown[0], sorted(known))
         try:
             return dispatch_model(module, device_map=dict(device_map))
         except (ValueError, RuntimeError, TypeError, KeyError) as error:

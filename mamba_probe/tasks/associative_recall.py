@@ -97,7 +97,9 @@ def _check(
     batch: int, length: int, n_pairs: int, vocab: int, power_a: float, filler: str, n_keys: int, seed: int
 ) -> None:
     require_integers("mqar", batch=batch, length=length, n_pairs=n_pairs, vocab=vocab, n_keys=n_keys, seed=seed)
-    if filler not in FILLERS:
+    if not isinstance(power_a, int | float | np.number):
+        raise ValueError(f"mqar: power_a is a number; got {power_a!r}")
+    if not isinstance(filler, str) or filler not in FILLERS:
         raise ValueError(f"mqar: filler={filler!r} is unknown; known: {', '.join(FILLERS)}")
     tokens = 2 * (n_pairs + n_keys)
     needs = {

@@ -108,6 +108,8 @@ class Config:
         _require("device", self.device, "'cpu' or 'cuda'", self.device in ("cpu", "cuda"))
         object.__setattr__(self, "task", dict(_described("task", self.task, "name")))
         object.__setattr__(self, "mixer", dict(_described("mixer", self.mixer, "kind")))
+        if not isinstance(self.mixture, Sequence) or not all(isinstance(each, Mapping) for each in self.mixture):
+            raise ValueError(f"mixture must be a list of dictionaries, changes of the task; got {self.mixture!r}")
         object.__setattr__(self, "mixture", tuple(dict(change) for change in self.mixture))
         for change in ({}, *self.mixture):
             self._check_task(change)
@@ -162,7 +164,7 @@ class Config:
 
     def _check_task(self, change: Mapping[str, Any]) -> None:
         name, changed = self.task["name"], {**self.task, **change}
-        if name not in TASKS:
+        if not isinstance(name, str) or name not in TASKS:
             raise unknown_name("task", name, tuple(TASKS))
         known = tuple(_without(inspect.signature(TASKS[name]).parameters, "batch", "seed"))
         for given in _without(changed, *(() if "name" in change else ("name",))):

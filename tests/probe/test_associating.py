@@ -264,9 +264,9 @@ def stretched(task, gap, after=0):
     ("options", "match"),
     [
         ({"sites": ["conv"]}, "unknown site 'conv'"),
-        ({"sites": []}, "needs one site and one layer"),
+        ({"sites": []}, "sites is a non-empty list of names"),
         ({"layers": [3]}, "unknown layer 3"),
-        ({"batch_size": 0}, "batch_size is the rows of a forward"),
+        ({"batch_size": 0}, "batch_size is at least 1 and a whole number; got 0"),
     ],
 )
 def test_wrong_options(options, match):

@@ -136,7 +136,7 @@ def test_wrong_requests_are_refused(build):
             ValueError, match=r"read_out needs finite values over model = 24 features; got shape \(1, 3\)"
         ):
             probe.jacobian(ids, layer=0, query_tokens=[1], read_out=np.ones((1, 3)))
-        with pytest.raises(ValueError, match=r"n_probes is at least 1 .*got n_probes=0"):
+        with pytest.raises(ValueError, match=r"n_probes is at least 1 and a whole number; got 0"):
             probe.jacobian(ids, layer=0, source_tokens=[1], n_probes=0)
         with pytest.raises(ValueError, match=r"n_probes .* goes with source_tokens and no direction"):
             probe.jacobian(ids, layer=0, query_tokens=[1], n_probes=4)

@@ -234,7 +234,7 @@ def test_mistakes_are_answered_before_anything_is_swept(model):
             ({"source": SOURCE}, "padded differently"),
             ({"quantities": ["detla"]}, "unknown quantity 'detla': did you mean 'delta'"),
             ({"quantities": ["B", "B"]}, "none twice"),
-            ({"quantities": []}, "at least one quantity"),
+            ({"quantities": []}, "quantities is a non-empty list of names"),
             ({"layers": [7]}, "unknown layer 7"),
             ({"tokens": [9]}, r"no token 9: tokens are 0 \.\. 8"),
             ({"metric": "loss"}, "metric is a function of logits"),

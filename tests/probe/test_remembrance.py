@@ -95,7 +95,7 @@ def test_wrong_requests_are_refused(build):
             ({"starts": [1, 1]}, "distinct positions"),
             ({"queries": [10, 9, 9]}, r"queries: row 0 has positions 0 \.\. 9; got 10"),
             ({"queries": [1, 2]}, r"queries needs one position, or one a row, \(batch = 3,\)"),
-            ({"batch_size": 0}, "batch_size is at least 1; got 0"),
+            ({"batch_size": 0}, "batch_size is at least 1 and a whole number; got 0"),
         ]
         for given, text in cases:
             with pytest.raises(ValueError, match=text):
@@ -104,7 +104,7 @@ def test_wrong_requests_are_refused(build):
             remembrance(probe, ids)
         with probe.recording(variables=["delta"]), pytest.raises(ValueError, match="a recording is open"):
             remembrance(probe, ids)
-        both = {"input_ids": ids, "position_ids": torch.arange(14)[None].expand(3, -1)}
+        both = {"input_ids": ids, "labels": ids}
         with pytest.raises(ValueError, match="remembrance removes tokens from input_ids or inputs_embeds, given alone"):
             remembrance(probe, both)
     with mp.attach(MambaBlock(8)) as probe, pytest.raises(ValueError, match="removes tokens from input_ids"):

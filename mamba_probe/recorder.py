@@ -52,11 +52,9 @@ class Sink(Protocol):
 
     def take(self, block: xr.Dataset, first: int) -> None:
         """Rows from `first` on, whole."""
-        ...
 
     def close(self, whole: bool) -> None:
         """No more will come. `whole`: nothing was broken off."""
-        ...
 
     def opened(self) -> xr.Dataset:
         """The trace, of a sink that is closed and took any rows."""
@@ -174,15 +172,12 @@ class Recorder:
 
     def skip(self, rows: int) -> None:
         """Rows of one call that are recorded already."""
-        self._rows += rows
-        self._calls += 1
+        self._rows, self._calls = self._rows + rows, self._calls + 1
 
     def flush(self) -> None:
         """Hand the sink, where there is one, every row: no call will continue them."""
-        if self._sink is None:
-            return
-        blocks, self._blocks = self._blocks, []
-        for rows in blocks:
+        while self._sink is not None and self._blocks:
+            rows = self._blocks.pop(0)
             self._sink.take(self._assembled([rows]), rows.first)
 
     def close(self, whole: bool = True) -> None:

@@ -230,11 +230,11 @@ class _NetCDF(_Reader):
             self.tried("", self._header)
         with bar(f"verifying {self.path.name}", None, progress) as step:
             file = None if self.damages else self.tried("", h5py.File, self.path, "r")
-            for name in file or ():
-                step(name)
-                self.tried(name, self._variable, name, file[name])
             if file is not None:
-                file.close()
+                with file:
+                    for name in file:
+                        step(name)
+                        self.tried(name, self._variable, name, file[name])
         return Verified(self.path, tuple(self.damages), self.chunks, self.nbytes)
 
     def _header(self) -> None:

@@ -22,7 +22,7 @@ import mamba_probe as mp
 from mamba_probe import provenance
 from mamba_probe.trace.blocks import committed
 
-BATCH = 5
+BATCH = 10
 VARIABLES = ("delta", "A", "B", "C", "y")
 
 

@@ -1,6 +1,5 @@
 """The command line: `mamba-probe report MODEL --task mqar -o DIR`, and the steps it is made of."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,13 +9,18 @@ from rich.table import Column, Table
 from mamba_probe.cli_options import (
     ANALYSES,
     BACKEND,
+    BATCH_SIZE,
     BESIDE,
+    COMPRESS,
+    FORCE,
     LENGTH,
     LOAD_MODELS,
+    MAX_MEMORY,
     MODEL,
     OUT,
     OVERWRITE,
     PAIRS,
+    RESUME,
     ROWS,
     SEED,
     TASK,
@@ -24,10 +28,12 @@ from mamba_probe.cli_options import (
     TOKENIZER,
     TRAINED_ON,
     Backend,
-    Task,
     What,
 )
+from mamba_probe.cli_recording import check_alone, check_free, place, quiet_transformers, recorded
+from mamba_probe.cli_reduce import reduce_command
 from mamba_probe.cli_steps import answered, err, headed, lines, out, progress
+from mamba_probe.cli_verify import verify_command
 
 __all__ = ["app", "main"]
 
@@ -60,11 +66,12 @@ def report(
     from mamba_probe.report import analyse, analyse_beside, finding, write_report
     from mamba_probe.run import BESIDE
 
-    _check_free(out_dir, overwrite)
+    check_free(out_dir, overwrite)
+    check_alone()
     names = _names(analyses)
     with progress() as say:
-        run = _record(
-            model, task, text, tokenizer, rows, length, n_pairs, seed, beside, backend, train_length, say
+        run = recorded(
+            model, task, text, tokenizer, rows, length, n_pairs, seed, beside, backend, train_length, None, say
         )  # fmt: skip
         run.save(out_dir, overwrite=overwrite)
         options = {"names": names, "seed": seed, "say": say, "overwrite": overwrite}
@@ -82,20 +89,43 @@ def report(
 def record(
     model: MODEL, out_dir: OUT, task: TASK = None, text: TEXT = None, tokenizer: TOKENIZER = None, rows: ROWS = None,
     length: LENGTH = None, n_pairs: PAIRS = 8, seed: SEED = 0, beside: BESIDE = None, overwrite: OVERWRITE = False,
-    backend: BACKEND = Backend.auto, train_length: TRAINED_ON = None,
+    backend: BACKEND = Backend.auto, train_length: TRAINED_ON = None, resume: RESUME = False,
+    batch_size: BATCH_SIZE = None, max_memory: MAX_MEMORY = None, compress: COMPRESS = None, force: FORCE = False,
 ) -> None:  # fmt: skip
     """Record only: DIR/trace.zarr with the weights, the parity and, for a task, answers under edits and a twin.
 
-    Example:
+    Traces stream to disk while the model runs, by layers and by blocks of --batch-size rows: memory does not grow with
+    --rows, and what stops the recording leaves the blocks that are whole. --resume goes on with them, and makes what
+    else is missing. What it will weigh is said first; what the disk has no room for is refused, unless with --force.
+
+    Under torchrun, which sets RANK and WORLD_SIZE, each process records its share of the blocks (on its own GPU, where
+    there are any), and the first does the rest.
+
+    Examples:
 
       mamba-probe record zoo:mqar-mamba1 --task mqar -o run
+
+      mamba-probe record state-spaces/mamba-130m --text book.txt --rows 2000 --compress zstd -o run --resume
+
+      torchrun --nproc-per-node 8 -m mamba_probe record zoo:mqar-mamba1 --task mqar --rows 4096 -o run --resume
     """
-    _check_free(out_dir, overwrite)
-    with progress() as say:
-        run = _record(model, task, text, tokenizer, rows, length, n_pairs, seed, beside, backend, train_length, say)
-        run.save(out_dir, overwrite=overwrite)
-    out.print(repr(run.trace.probe), highlight=False)
-    out.print(headed("run", out_dir), highlight=False, soft_wrap=True)
+    into = place(
+        out_dir, resume=resume, overwrite=overwrite, batch_size=batch_size, max_memory=max_memory,
+        compress=compress, force=force,
+    )  # fmt: skip
+    if not resume:
+        check_free(out_dir, overwrite or not into.leads)
+    with lines(shown=into.leads) as say:
+        run = recorded(
+            model, task, text, tokenizer, rows, length, n_pairs, seed, beside, backend, train_length, into, say
+        )  # fmt: skip
+    if into.leads:
+        out.print(repr(run.trace.probe), highlight=False)
+        out.print(headed("run", out_dir), highlight=False, soft_wrap=True)
+
+
+app.command("reduce")(reduce_command)
+app.command("verify")(verify_command)
 
 
 @app.command(
@@ -123,7 +153,7 @@ def analyze(
     from mamba_probe.report import analyse, analyse_beside, draw, finding, measurable, write_report
     from mamba_probe.run import BESIDE, Run
 
-    _quiet_transformers()
+    quiet_transformers()
     with progress() as say:
         run = Run.open(run_dir, load_models=load_models)
         options = {"names": _names(name), "seed": seed, "say": say, "overwrite": overwrite}
@@ -170,10 +200,11 @@ def compare_command(
     """
     from mamba_probe import compare
     from mamba_probe.report import caution, differences, draw_comparison, labelled
-    from mamba_probe.trace.store import check_free, save
+    from mamba_probe.trace.store import check_free as check_store_free
+    from mamba_probe.trace.store import save
 
-    _quiet_transformers()
-    check_free(out_dir / f"{name}.nc", overwrite)
+    quiet_transformers()
+    check_store_free(out_dir / f"{name}.nc", overwrite)
     with progress() as say:
         say(f"opening {len(runs)} runs")
         given = labelled(runs, load_models)
@@ -233,7 +264,7 @@ def reproduce_command(
     from mamba_probe.reproduce.table import sentence
 
     names = list(CLAIMS) if what is What.all else [what.value]
-    _quiet_transformers()
+    quiet_transformers()
     with progress() if err.is_terminal else lines() as say:
         results = reproduce(names, out_dir, seed=seed, overwrite=overwrite, say=say)
     for name, result in results.items():
@@ -260,7 +291,7 @@ def inspect(
     from mamba_probe.probe import attach
     from mamba_probe.report.inspecting import described, points
 
-    _quiet_transformers()
+    quiet_transformers()
     loaded = load(model)
     with attach(loaded) as probe:
         out.print(repr(probe), highlight=False)
@@ -327,60 +358,6 @@ def _names(text: str) -> tuple[str, ...]:
     from mamba_probe.report import MAIN
 
     return MAIN if text == "main" else tuple(part.strip() for part in text.split(","))
-
-
-def _check_free(directory: Path, overwrite: bool) -> None:
-    if directory.is_file():
-        raise ValueError(f"{directory} is a file: -o names a directory")
-    taken = [name for name in ("trace.zarr", "report.html") if (directory / name).exists()]
-    if taken and not overwrite:
-        raise ValueError(f"{directory} holds an earlier run ({', '.join(taken)}): pass --overwrite, or choose another")
-
-
-def _record(
-    source: str, task: Task | None, text: Path | None, tokenizer: str | None, rows: int | None, length: int | None,
-    n_pairs: int, seed: int, beside: str | None, backend: Backend, train_length: int | None,
-    say: Callable[[str], None],
-) -> Any:  # fmt: skip
-    from mamba_probe import run
-    from mamba_probe.load import load, load_tokenizer
-
-    if (task is None) == (text is None):
-        got = "neither" if task is None else "both"
-        raise ValueError(f"say what to record on, either --task mqar or --text FILE; got {got}")
-    if text is not None and not text.is_file():
-        raise FileNotFoundError(f"no text file at {text}")
-    if text is not None and beside is not None:
-        raise ValueError(f"--beside {beside} goes with --task: a reference is of the task's closed form, not of a text")
-    say(f"loading {source}")
-    _quiet_transformers()
-    model = load(source)
-    if task is not None:
-        return run.record_task(
-            model, task.value, rows=rows or 64, length=length or 64, n_pairs=n_pairs, seed=seed,
-            beside=_reference(source, beside, model), train_length=train_length, backend=backend.value, say=say,
-        )  # fmt: skip
-    assert text is not None
-    given = run.Text(text, load_tokenizer(tokenizer or source), length or 512, rows or 4)
-    return run.record_text(model, given, train_length=train_length, backend=backend.value, say=say)
-
-
-def _reference(source: str, beside: str | None, model: Any) -> Any:
-    """The model to put beside that of `source`, if any: what was asked for, or what the card names."""
-    from mamba_probe.reference import NONE
-    from mamba_probe.report import load_beside, named
-    from mamba_probe.run import vocabulary
-
-    name = named(source) if beside is None else beside
-    return None if name in (None, NONE) else load_beside(name, vocabulary(model))
-
-
-def _quiet_transformers() -> None:
-    """transformers notes on every slow path that it would take; none of them is taken."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 @app.callback(invoke_without_command=True)

@@ -9,13 +9,18 @@ import typer
 __all__ = [
     "ANALYSES",
     "BACKEND",
+    "BATCH_SIZE",
     "BESIDE",
+    "COMPRESS",
+    "FORCE",
     "LENGTH",
     "LOAD_MODELS",
+    "MAX_MEMORY",
     "MODEL",
     "OUT",
     "OVERWRITE",
     "PAIRS",
+    "RESUME",
     "ROWS",
     "SEED",
     "TASK",
@@ -23,6 +28,7 @@ __all__ = [
     "TOKENIZER",
     "TRAINED_ON",
     "Backend",
+    "Compression",
     "Task",
     "What",
 ]
@@ -54,6 +60,13 @@ class Backend(StrEnum):
     cpu = "cpu"
     naive = "naive"
     triton = "triton"
+
+
+class Compression(StrEnum):
+    """Compressions of a Zarr store."""
+
+    zstd = "zstd"
+    lz4 = "lz4"
 
 
 MODEL = Annotated[str, typer.Argument(help="zoo:NAME, a directory (transformers or state-spaces format), or a hub id.")]
@@ -93,5 +106,17 @@ LOAD_MODELS = Annotated[
         " it. This reads that directory, or the network. Without it only zoo:NAME and construction:KIND are loaded.",
     ),
 ]
+RESUME = Annotated[
+    bool, typer.Option("--resume", help="Go on with the run that DIR holds, recorded with the same options.")
+]
+MAX_MEMORY = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Of tensors on their way to disk, as 8GB or 512MiB; default 1GiB.")
+]
+BATCH_SIZE = Annotated[
+    int | None,
+    typer.Option(min=1, help="Rows of a forward call, and of a block, which is on disk whole or not at all."),
+]
+COMPRESS = Annotated[Compression | None, typer.Option(help="Compress the traces, without loss.")]
+FORCE = Annotated[bool, typer.Option("--force", help="Begin although the disk will not hold all of it.")]
 OVERWRITE = Annotated[bool, typer.Option("--overwrite", help="Replace what the directory holds of an earlier run.")]
 BACKEND = Annotated[Backend, typer.Option(help="Backend of our scan; `mamba-probe doctor` says what auto is here.")]

@@ -71,6 +71,6 @@ def progress() -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def lines() -> Iterator[Callable[[str], None]]:
-    """One plain line a step as it begins, where stderr is no terminal."""
-    yield lambda step: err.print(step, highlight=False, soft_wrap=True)
+def lines(shown: bool = True) -> Iterator[Callable[[str], None]]:
+    """One plain line a step as it begins: where stderr is no terminal, or has a bar of its own."""
+    yield lambda step: err.print(step, highlight=False, soft_wrap=True) if shown else None

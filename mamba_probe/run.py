@@ -22,9 +22,11 @@ from torch import nn
 
 from mamba_probe import again, blocks, provenance, tasks
 from mamba_probe.edits import ablate, freeze
+from mamba_probe.inputs import Labelled
 from mamba_probe.mixers.offload import place
 from mamba_probe.probe import Probe, attach
 from mamba_probe.reference import card_train_length
+from mamba_probe.run_folder import BESIDE, MEMORY, Into
 from mamba_probe.tasks import Task
 from mamba_probe.trace.contract import unknown_name
 from mamba_probe.trace.schema import DEFAULT_VARIABLES
@@ -50,9 +52,6 @@ SHORTEST_ROW = 16
 """Tokens of the last row of a text, below which it is left out: too short for a horizon or a wavelet."""
 PARITY_ROWS = 2
 """Rows that the float64 oracle, a sequential loop, is run on."""
-BESIDE = "beside"
-"""Folder of the run of a reference, in that of the model's own."""
-
 Say = Callable[[str], None]
 
 
@@ -171,9 +170,12 @@ class Run:
             ValueError: a store is damaged, or leads out of the directory.
         """
         directory = Path(directory)
-        if not (directory / "trace.zarr").exists():
-            raise FileNotFoundError(f"{directory} holds no run (no trace.zarr): make one with `mamba-probe record`")
-        twin_weights = _optional(directory, "twin_weights.nc")
+        lacks = next(
+            (name for name in ("trace.zarr", "weights.nc", "parity.nc") if not (directory / name).exists()), ""
+        )
+        if lacks:
+            raise FileNotFoundError(f"{directory} holds no run (no {lacks}): make one with `mamba-probe record`")
+        twin_weights = _optional(directory, "twin_weights.nc") if (directory / "twin.zarr").exists() else None
         twin = None if twin_weights is None else (open_trace(inside(directory / "twin.zarr", directory)), twin_weights)
         below = inside(directory / BESIDE, directory)
         beside = cls.open(below, load_models=load_models) if below.exists() else None
@@ -226,7 +228,7 @@ class Text:
 def record_task(
     model: nn.Module, name: str, *, rows: int = 64, length: int = 64, n_pairs: int = 8, vocab: int | None = None,
     seed: int = 0, beside: nn.Module | None = None, train_length: int | None = None, backend: str = "auto",
-    batch_size: int | None = 16, say: Say = lambda _: None,
+    batch_size: int | None = 16, into: Into = MEMORY, say: Say = lambda _: None,
 ) -> Run:  # fmt: skip
     """Record a language model on a generated task: trace, weights, parity, answers under edits, randomised twin.
 
@@ -238,10 +240,11 @@ def record_task(
             from its own.
         train_length: tokens of the rows that the model was trained on; None: what its card says, if it has one.
         batch_size: rows a forward call.
+        into: a directory that traces stream to, or memory.
         say: told each step before it starts.
 
     Raises:
-        ValueError: an unknown task, sizes that cannot be, a model without token ids.
+        ValueError: an unknown task, sizes that cannot be, a model without token ids; a directory that holds a run.
     """
     if name not in TASKS:
         raise unknown_name("task", name, tuple(TASKS))
@@ -249,69 +252,84 @@ def record_task(
         raise ValueError(f"n_pairs is at least 2, so that a query has a pair to confuse with its own; got {n_pairs}")
     vocab = vocab or vocabulary(model)
     task = TASKS[name](batch=rows, length=length, n_pairs=n_pairs, vocab=vocab, seed=seed)
-    options = {"seed": seed, "backend": backend, "batch_size": batch_size}
-    run = record_given(model, task, train_length=train_length, say=say, **options)
+    options: dict[str, Any] = {"seed": seed, "backend": backend, "batch_size": batch_size}
+    run = record_given(model, task, train_length=train_length, into=into, say=say, **options)
     if beside is None:
         return run
     if vocabulary(beside) != vocab:
         task = TASKS[name](batch=rows, length=length, n_pairs=n_pairs, vocab=vocabulary(beside), seed=seed)
-    return replace(run, beside=record_given(beside, task, say=lambda step: say(f"beside: {step}"), **options))
+    options |= {"into": into.beside, "say": lambda step: say(f"beside: {step}")}
+    return replace(run, beside=record_given(beside, task, **options))
 
 
 def record_given(
     model: nn.Module, task: Task, *, seed: int = 0, train_length: int | None = None, backend: str = "auto",
-    batch_size: int | None = 16, say: Say = lambda _: None,
+    batch_size: int | None = 16, into: Into = MEMORY, say: Say = lambda _: None,
 ) -> Run:  # fmt: skip
     """As `record_task`, of a task that was drawn before, by any of `mamba_probe.tasks`."""
+    given = Labelled(task, attrs=_trained_on(model, train_length))
+    options = {"batch_size": batch_size, "variables": (*DEFAULT_VARIABLES, "x", "z", "y", "u", "out")}
     with attach(model, backend=backend) as probe:
-        trace, weights = _record_task(probe, task, batch_size, say)
-        trace = _labelled(trace, model, train_length)
-        say("parity with the untouched model and the float64 oracle")
-        parity = probe.parity(task.input_ids[:PARITY_ROWS])
+        run = _begun(probe, given, task.input_ids[:PARITY_ROWS], None, into, say, **options)
+        if not into.leads:
+            return run
         say("answers with parts edited")
-        edits = EDITS[:3] if trace.attrs["family"] == "s4d" else EDITS  # there delta, B and C are constant as they are
-        interventions = probe.intervene(task, edits, batch_size=batch_size)
+        edits = EDITS[:3] if run.trace.attrs["family"] == "s4d" else EDITS  # there delta, B and C are constant
+        size = into.options.get("batch_size") or batch_size
+        interventions = into.kept("interventions.nc", lambda: probe.intervene(task, edits, batch_size=size))
     say("the randomised twin")
     with attach(randomised_twin(model, seed), backend=backend) as probe:
-        twin = _record_task(probe, task, batch_size, lambda _: None)
-    return Run(trace, weights, parity, interventions, twin, model=model)
+        twin_weights = into.kept("twin_weights.nc", probe.weights)
+        twin = into.alone.record(probe, "twin.zarr", Labelled(task), **options)
+    return replace(run, interventions=interventions, twin=(twin, twin_weights))
 
 
-def _labelled(trace: xr.Dataset, model: nn.Module, train_length: int | None) -> xr.Dataset:
-    """The trace with the length of the rows that the model was trained on, where that is known."""
+def _begun(
+    probe: Probe, given: Labelled, ids: np.ndarray, mask: np.ndarray | None, into: Into, say: Say, **options: Any
+) -> Run:  # fmt: skip
+    """Weights and parity, so that what follows can be read whatever stops it, and the trace.
+
+    A process that does not lead records its share of the trace, and has no parity.
+    """
+    weighs = probe.estimate(given, **{name: value for name, value in options.items() if name == "variables"})
+    into.begin()
+    if into.leads:
+        weights = into.kept("weights.nc", probe.weights)
+        say("parity with the untouched model and the float64 oracle")
+        parity = into.kept("parity.nc", lambda: probe.parity(ids, mask))
+    else:
+        weights, parity = probe.weights(), xr.Dataset()
+    say(f"recording {weighs}")
+    return Run(into.record(probe, "trace.zarr", given, **options), weights, parity, model=probe.model)
+
+
+def _trained_on(model: nn.Module, train_length: int | None) -> dict[str, Any]:
+    """The attribute of the length of the rows that the model was trained on, where that is known."""
     if train_length is not None and train_length < 1:
         raise ValueError(f"train_length is at least 1 token; got {train_length}")
     source = getattr(model, "_mamba_probe_source", {}).get("source")
     length = train_length or (None if source is None else card_train_length(source))
-    return trace if length is None else trace.assign_attrs(train_length=length)
-
-
-def _record_task(probe: Probe, task: Task, batch_size: int | None, say: Say) -> tuple[xr.Dataset, xr.Dataset]:
-    say(f"recording {len(probe.layers)} layer(s) on {task!r}")
-    trace = probe.record(task, variables=(*DEFAULT_VARIABLES, "x", "z", "y", "u", "out"), batch_size=batch_size)
-    return trace, probe.weights()
+    return {} if length is None else {"train_length": length}
 
 
 def record_text(
-    model: nn.Module, text: Text, *, train_length: int | None = None, backend: str = "auto",
+    model: nn.Module, text: Text, *, train_length: int | None = None, backend: str = "auto", into: Into = MEMORY,
     say: Say = lambda _: None,
 ) -> Run:  # fmt: skip
     """Record a language model on a text: trace, weights and parity; no task, so no answers to count.
 
-    `train_length` as in `record_task`.
+    `train_length` and `into` as in `record_task`.
 
     Raises:
         ValueError: an empty file, a tokenizer of another model, a model without token ids.
     """
     vocabulary(model)
     ids, mask, pieces, left = text.read()
-    say(f"recording {mask.sum()} tokens of {text.path} in {len(ids)} row(s); {left} tokens left out")
+    say(f"{mask.sum()} tokens of {text.path} in {len(ids)} row(s); {left} tokens left out")
+    attrs = _trained_on(model, train_length) | {"text": str(text.path), "tokens_left_out": left}
+    given = Labelled(ids, mask, {"token_text": pieces}, attrs)
     with attach(model, backend=backend) as probe:
-        trace = probe.record(ids, mask, batch_size=1).assign_coords(token_text=(("batch", "token"), pieces))
-        say("parity with the untouched model and the float64 oracle")
-        parity = probe.parity(ids[:1], mask[:1])
-        trace = _labelled(trace, model, train_length).assign_attrs(text=str(text.path), tokens_left_out=left)
-        return Run(trace, probe.weights(), parity, model=model)
+        return _begun(probe, given, ids[:1], mask[:1], into, say, batch_size=1)
 
 
 def randomised_twin(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from mamba_probe.trace.blocks import committed
 from mamba_probe.trace.stream import Layout, Stream
 
 REPO = Path(__file__).parents[2]
-TASK = {"batch": 10, "length": 16, "n_pairs": 2, "seed": 0}
+TASK: dict[str, Any] = {"batch": 10, "length": 16, "n_pairs": 2, "seed": 0}
 
 
 def record(path, shard=None, **options):

@@ -1,0 +1,113 @@
+"""What `record` and `report` do with what they are asked: where to, of which model, on what."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mamba_probe.cli_options import Backend, Task
+
+__all__ = ["check_alone", "check_free", "place", "quiet_transformers", "recorded"]
+
+
+def place(directory: Path, *, resume: bool, overwrite: bool, **options: Any) -> Any:
+    """Where `record` records to: this process' share of it, under torchrun.
+
+    Raises:
+        ValueError: going on with what is overwritten, or overwriting what other processes write to.
+    """
+    from mamba_probe.run_folder import Into
+    from mamba_probe.to_store import shard
+
+    if overwrite and (resume or shard() is not None):
+        other = "--resume goes on with what is there" if resume else "several processes write under torchrun"
+        raise ValueError(f"--overwrite removes what is there, and {other}: choose one")
+    given = {name: value for name, value in options.items() if value is not None}
+    into = Into(directory, overwrite, resume, shard(), given)
+    return replace(into, options={**given, "progress": into.leads})
+
+
+def _device() -> str:
+    """Where a model is loaded to: a GPU of its own for each process of torchrun, else the CPU."""
+    import torch
+
+    own = os.environ.get("LOCAL_RANK")
+    return f"cuda:{own}" if own is not None and torch.cuda.is_available() else "cpu"
+
+
+def check_free(directory: Path, overwrite: bool) -> None:
+    """Check that a directory may be written to.
+
+    Raises:
+        ValueError: it is a file, or holds an earlier run that is not to be overwritten.
+    """
+    if directory.is_file():
+        raise ValueError(f"{directory} is a file: -o names a directory")
+    taken = [name for name in ("trace.zarr", "report.html") if (directory / name).exists()]
+    if taken and not overwrite:
+        raise ValueError(f"{directory} holds an earlier run ({', '.join(taken)}): pass --overwrite, or choose another")
+
+
+def check_alone() -> None:
+    """Check that this is no process among others.
+
+    Raises:
+        ValueError: it is one of torchrun's.
+    """
+    from mamba_probe.to_store import shard
+
+    if shard() is not None:
+        raise ValueError("under torchrun only `record` runs: analyse what it wrote with `mamba-probe analyze`, alone")
+
+
+def recorded(
+    source: str, task: Task | None, text: Path | None, tokenizer: str | None, rows: int | None, length: int | None,
+    n_pairs: int, seed: int, beside: str | None, backend: Backend, train_length: int | None, into: Any,
+    say: Callable[[str], None],
+) -> Any:  # fmt: skip
+    """The run of a model on a task or a text.
+
+    Raises:
+        FileNotFoundError, ValueError: options that do not go together, or name what is not there.
+    """
+    from mamba_probe import run
+    from mamba_probe.load import load, load_tokenizer
+
+    if (task is None) == (text is None):
+        got = "neither" if task is None else "both"
+        raise ValueError(f"say what to record on, either --task mqar or --text FILE; got {got}")
+    if text is not None and not text.is_file():
+        raise FileNotFoundError(f"no text file at {text}")
+    if text is not None and beside is not None:
+        raise ValueError(f"--beside {beside} goes with --task: a reference is of the task's closed form, not of a text")
+    say(f"loading {source}")
+    quiet_transformers()
+    model = load(source, device=_device())
+    options = {"train_length": train_length, "backend": backend.value, "into": into or run.MEMORY, "say": say}
+    if task is not None:
+        return run.record_task(
+            model, task.value, rows=rows or 64, length=length or 64, n_pairs=n_pairs, seed=seed,
+            beside=_reference(source, beside, model), **options,
+        )  # fmt: skip
+    assert text is not None
+    given = run.Text(text, load_tokenizer(tokenizer or source), length or 512, rows or 4)
+    return run.record_text(model, given, **options)
+
+
+def _reference(source: str, beside: str | None, model: Any) -> Any:
+    """The model to put beside that of `source`, if any: what was asked for, or what the card names."""
+    from mamba_probe.reference import NONE
+    from mamba_probe.report import load_beside, named
+    from mamba_probe.run import vocabulary
+
+    name = named(source) if beside is None else beside
+    return None if name in (None, NONE) else load_beside(name, vocabulary(model))
+
+
+def quiet_transformers() -> None:
+    """transformers notes on every slow path that it would take; none of them is taken."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

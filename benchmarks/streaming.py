@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ def loaded(device: str) -> nn.Module:
     config = MambaConfig(
         vocab_size=256, hidden_size=64, expand=8, state_size=16, num_hidden_layers=4, time_step_rank=4
     )  # fmt: skip
-    model: nn.Module = MambaForCausalLM(config)
+    model: Any = MambaForCausalLM(config)
     return model.eval().to(device)
 
 

@@ -20,9 +20,22 @@ FINAL_NORMS = ("norm_f", "final_layernorm", "norm")
 
 
 def read_statics(adapters: Sequence[MixerAdapter], names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Those of `names` that are constant, each stacked over the layers of `adapters`, which have equal sizes."""
+    """Those of `names` that are constant, each stacked over the layers of `adapters`, which have equal sizes.
+
+    Raises:
+        ValueError: one that is NaN or infinite, as A = -exp(A_log) is in float32 from A_log = 88.8 on.
+    """
     each = [_of(adapter, adapter.statics) for adapter in adapters]
-    return {name: np.stack([_host(layer[name][1]) for layer in each]) for name in each[0] if name in names}
+    found = {name: np.stack([_host(layer[name][1]) for layer in each]) for name in each[0] if name in names}
+    for name, values in found.items():
+        for adapter, value in zip(adapters, values, strict=True):
+            if not np.isfinite(value).all():
+                bad = int((~np.isfinite(value)).sum())
+                raise ValueError(
+                    f"`{name}` of layer {adapter.layer} holds {bad} NaN or infinite values: the weights that it is made"
+                    " of (A = -exp(A_log)) are too large for its type"
+                )
+    return found
 
 
 def read_weights(

@@ -26,7 +26,7 @@ import triton.language as tl
 
 from mamba_probe.kernels.scan.adjoint import back
 from mamba_probe.kernels.scan.discretization import Given, load_starts
-from mamba_probe.kernels.scan.elementwise import LN2, LOG2E, decay
+from mamba_probe.kernels.scan.elementwise import LN2, LOG2E, bounded, decay
 from mamba_probe.kernels.scan.folds import over_states
 from mamba_probe.kernels.scan.loads import load_block
 from mamba_probe.kernels.scan.places import kept_rows, load, masked, program_rows, states_at
@@ -137,7 +137,7 @@ def _leave(p_decay, p_local, d, b_g, b_sum, b_dD, b_dbias, b_A, at, o_v, m_state
     ROWS: tl.constexpr = form.H * form.P
     if form.LOCAL:
         if not form.WHOLE:
-            b_sum = tl.sum(b_dbias, axis=1)[None, :, None] * b_A
+            b_sum = bounded(tl.sum(b_dbias, axis=1))[None, :, None] * b_A
         o_left = (at.batch * (n_chunk - 1) + i_chunk - 1) * ROWS + at.row
         o_whole = o_left[None, :, None] * form.N + o_v
         tl.store(p_decay + o_whole, b_sum, mask=m_state)
@@ -187,7 +187,7 @@ def backward_kernel(
     start = i_chunk * chunk
     stop = tl.minimum(start + chunk, n_token)
 
-    b_A = load(p_A, at.head[None, :, None] * N + o_v, m_state, dtype) * LOG2E
+    b_A = bounded(load(p_A, at.head[None, :, None] * N + o_v, m_state, dtype) * LOG2E)
     o_state = (at.batch * (H * P) + at.row)[None, :, None] * N + o_v
     strides = Pairs(x_strides, delta_strides, z_strides, out_strides)
     p, o = batch_item(Pairs(p_x, p_delta, p_x if p_z is None else p_z, p_x if g_out is None else g_out), strides, at,

@@ -9,6 +9,7 @@ import triton.language as tl
 __all__ = [
     "LN2",
     "LOG2E",
+    "bounded",
     "clamp",
     "decay",
     "phi1",
@@ -33,11 +34,19 @@ def clamp(value, low, high):
 
 
 @triton.jit
+def bounded(value):
+    """Within the range of its type: 0 times it is 0. NaN stays NaN."""
+    LIMIT: tl.constexpr = 1.7976931348623157e308 if value.dtype == tl.float64 else 3.4028234663852886e38
+    limit = tl.full(value.shape, LIMIT, value.dtype)
+    return clamp(value, -limit, limit)
+
+
+@triton.jit
 def _exp(x):
     """exp(x) for x <= 0: 2^z of the rounded z = x log2(e), and what the rounding left off to first order."""
     if x.dtype == tl.float64:
         return tl.exp(x)
-    x = tl.maximum(x, -87.0, propagate_nan=tl.PropagateNan.ALL)  # also -inf, whose rest would be NaN
+    x = tl.maximum(x, -104.0, propagate_nan=tl.PropagateNan.ALL)  # exp is 0 there; of -inf the rest would be NaN
     z = x * LOG2E
     rest = tl.fma(x, LOG2E, -z) * LN2 + x * LOG2E_REST
     e = tl.exp2(z)

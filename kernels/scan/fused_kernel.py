@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from mamba_probe.kernels.scan.discretization import Given, decay_at, load_starts, write_at
-from mamba_probe.kernels.scan.elementwise import LOG2E, decay, silu, step_size
+from mamba_probe.kernels.scan.elementwise import LOG2E, bounded, decay, silu, step_size
 from mamba_probe.kernels.scan.emitting import Emitted, emit_block, emit_token, slots
 from mamba_probe.kernels.scan.loads import load_states, widened
 from mamba_probe.kernels.scan.places import first, load, masked, pairs_at, program_rows, states_at
@@ -219,7 +219,7 @@ def _leave(p_decay, p_local, p_elapsed, b_h, b_gone, b_cumsum, at, o_v, m_state,
     if form.WHOLE:
         tl.store(p_decay + o_whole, b_gone, mask=m_state)
     else:
-        tl.store(p_decay + o_left, tl.sum(b_gone, axis=1), mask=at.mask)
+        tl.store(p_decay + o_left, bounded(tl.sum(b_gone, axis=1)), mask=at.mask)
     tl.store(p_local + o_whole, b_h, mask=m_state)
     if p_elapsed is not None:
         p_whole = p_elapsed + (at.batch * (n_chunk - 1) + i_chunk) * form.H + at.head
@@ -261,7 +261,7 @@ def scan_kernel(
     start = i_chunk * chunk
     stop = tl.minimum(start + chunk, n_token)
 
-    b_A = load(p_A, at.head[:, None, None] * N + o_v, m_state, dtype) * LOG2E
+    b_A = bounded(load(p_A, at.head[:, None, None] * N + o_v, m_state, dtype) * LOG2E)
     o_state = (at.batch * (H * P) + at.row)[:, None, None] * N + o_v
     p = Sources(p_x, p_delta, p_B, p_B if LOCAL else p_C, p_z if GATED else p_x)
     p = _from(p, strides, at, start.to(tl.int64))

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mamba_probe.kernels.scan.arguments import Arguments
 from mamba_probe.kernels.scan.discretization import Given
-from mamba_probe.kernels.scan.elementwise import LOG2E, decay, phi1, step_size
+from mamba_probe.kernels.scan.elementwise import LOG2E, bounded, decay, phi1, step_size
 from mamba_probe.kernels.scan.fused import REGISTERS, SHORTEST, WARPS, multiprocessors
 from mamba_probe.kernels.scan.launcher import Plan, Plans, blocks, fusible, padded, planned, start
 from mamba_probe.kernels.scan.places import program_rows, states_at
@@ -180,7 +180,7 @@ def mass_kernel(
     if DECAYS > 1:
         o_decay = o_state
         m_decay = m_state
-    b_A = tl.load(p_A + o_decay, mask=m_decay, other=0.0) * LOG2E
+    b_A = bounded(tl.load(p_A + o_decay, mask=m_decay, other=0.0) * LOG2E)
     b_bias = 0.0 if p_bias is None else tl.load(p_bias + o_head, mask=m_row, other=0.0)[:, None]
     p_B += at.batch * B_strides[0] + at.group * B_strides[2]
     if not LOCAL:

@@ -26,7 +26,7 @@ from torch import Tensor
 from mamba_probe.kernels.emission import Emission
 from mamba_probe.kernels.scan.arguments import Arguments
 
-__all__ = ["decay_exponent", "phi1", "read_out", "read_size", "scan", "step_size", "write_scale"]
+__all__ = ["decay_exponent", "read_out", "read_size", "scan", "step_size", "write_scale"]
 
 
 def scan(a: Arguments) -> tuple[Tensor, Tensor, Emission]:
@@ -74,25 +74,25 @@ def decay_exponent(delta: Tensor, A: Tensor, log_decay: Tensor | None, starts: T
 
 
 def write_scale(delta: Tensor, A: Tensor, discretization: str) -> Tensor:
-    """B_bar / B (..., head, state or 1): delta ("euler") or delta phi1(delta A) ("zoh")."""
-    delta = delta[..., None]
-    return delta if discretization == "euler" else delta * phi1(delta * A)
+    """B_bar / B (..., head, state or 1): delta ("euler") or delta phi1(delta A) ("zoh"), real or complex.
 
+    Near delta A = 0 phi1 is its series, sum of z^k / (k + 1)!, so that the derivative (1/2 at 0) keeps its digits too;
+    elsewhere it is all (exp(delta A) - 1) / A, which is -1 / A also where delta A is past the type's range.
 
-def phi1(z: Tensor) -> Tensor:
-    """(exp(z) - 1) / z, and 1 at 0, for real or complex z.
-
-    Near 0 its series, sum of z^k / (k + 1)!, so that the derivative (1/2 at 0) keeps its digits too.
-
-    >>> phi1(torch.tensor([0.0, 1e-6, -2.0], dtype=torch.float64)).tolist()
-    [1.0, 1.0000005000001666, 0.43233235838169365]
+    >>> step, A = torch.ones(1, dtype=torch.float64), torch.tensor([[0.0, 1e-6, -2.0]], dtype=torch.float64)
+    >>> write_scale(step, A, "zoh").tolist()
+    [[1.0, 1.0000005000001666, 0.43233235838169365]]
     """
+    delta = delta[..., None]
+    if discretization == "euler":
+        return delta
+    z = delta * A
     near = z.abs() < 0.5
-    small, large = z.masked_fill(~near, 0.0), z.masked_fill(near, 1.0)
-    series = torch.ones_like(z)
+    small, series = z.masked_fill(~near, 0.0), torch.ones_like(z)
     for k in range(16, 1, -1):
         series = 1 + small / k * series
-    return torch.where(near, series, (torch.exp(large) - 1) / large)
+    large, rate = z.masked_fill(near, 1.0), A.expand_as(z).masked_fill(near, 1.0)
+    return torch.where(near, delta * series, (torch.exp(large) - 1) / rate)
 
 
 def read_out(sums: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-collect_ignore_glob = ["finite_*.py", "gradients.py", "interpreted*.py", "oracle.py", "resources*.py"]
+collect_ignore_glob = ["finite_*.py", "gradients.py", "interpreted*.py", "oracle.py", "resources*.py", "stress.py"]
 """Scripts and their modules: no tests, no doctests."""
 
 
@@ -29,6 +29,12 @@ def load(name: str) -> ModuleType:
 def oracle() -> ModuleType:
     """The scan in closed form, independent of ours."""
     return load("oracle")
+
+
+@pytest.fixture(scope="session")
+def stress() -> ModuleType:
+    """Scans at the ends of float32, and what they answer."""
+    return load("stress")
 
 
 @pytest.fixture(scope="session")

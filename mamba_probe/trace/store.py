@@ -69,7 +69,7 @@ def save(dataset: xr.Dataset, path: str | PathLike[str], *, overwrite: bool = Fa
     return path
 
 
-def seal(path: Path, attrs: Mapping[str, str] | None = None, names: Iterable[str] = ()) -> dict[str, str]:
+def seal(path: Path, attrs: Mapping[str, str] | None = None, names: Iterable[str] | None = None) -> dict[str, str]:
     """Write a store's seal, which `open_dataset` checks; a Zarr store's metadata are put together in one file.
 
     Args:
@@ -83,7 +83,7 @@ def seal(path: Path, attrs: Mapping[str, str] | None = None, names: Iterable[str
     if path.suffix == ".nc":
         return _seal_netcdf(path)
     root = json.loads((path / "zarr.json").read_text())
-    names = names or root["consolidated_metadata"]["metadata"]
+    names = root["consolidated_metadata"]["metadata"] if names is None else names
     arrays = {name: json.loads((path / name / "zarr.json").read_text()) for name in names}
     root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": arrays}
     root["attributes"] = root.get("attributes", {}) | dict(attrs or {})
@@ -148,7 +148,7 @@ def open_dataset(path: str | PathLike[str]) -> xr.Dataset:
         if FINISHED not in coded.attrs:
             return decoded(coded)
         return without_unknown(decoded(whole_rows(coded, path)))
-    except (OSError, KeyError, json.JSONDecodeError, RuntimeError) as error:
+    except (OSError, KeyError, TypeError, json.JSONDecodeError, RuntimeError) as error:  # Zarr's own of odd metadata
         raise ValueError(
             f"{path} cannot be read: truncated, damaged, or not written by mamba_probe ({error})"
         ) from error

@@ -40,6 +40,7 @@ def soak(folder, prompts, seconds, seed):
     probe = mp.attach(recorded.model(n_layer=3))
     while recorded.killed(lambda: record(probe, path, prompts), chance.uniform(0.2, 2 * seconds)):
         at.append(len(committed(path)) if path.exists() else 0)
+        seconds *= 1.0 if at[-1] < prompts // BATCH else 2.0  # all is there: let it find so
         if path.exists():
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

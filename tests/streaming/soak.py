@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import dask
 import recorded
 import torch
 import xarray as xr
@@ -36,6 +37,7 @@ def record(probe, path, prompts):
 def soak(folder, prompts, seconds, seed):
     """Returns kills, blocks at each kill, and whether all was equal in the end."""
     torch.set_num_threads(1)
+    dask.config.set(scheduler="synchronous")  # its threads would not come along into a fork
     chance, path, at = random.Random(seed), folder / "killed.zarr", []
     probe = mp.attach(recorded.model(n_layer=3))
     while recorded.killed(lambda: record(probe, path, prompts), chance.uniform(0.2, 2 * seconds)):

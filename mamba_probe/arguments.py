@@ -51,7 +51,7 @@ def wholes(name: str, values: Any) -> list[int]:
     found = listed(name, given, "whole numbers")
     if any(isinstance(each, bool | np.bool_) or not isinstance(each, int | np.integer) for each in found):
         raise ValueError(f"{name} is a list of whole numbers; got {_shown(values)}")
-    return [int(each) for each in found]
+    return [whole(f"each of {name}", each, -LARGEST) for each in found]
 
 
 def texts(name: str, values: Any) -> list[str]:

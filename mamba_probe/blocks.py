@@ -25,6 +25,7 @@ __all__ = ["MODEL_TYPE", "LanguageModel", "Logits", "Mamba2Block", "MambaBlock",
 
 MODEL_TYPE = "mamba_probe"
 EPSILON = 1e-5  # of the RMS norms
+MOST = 1 << 24  # of any size: products of two are whole numbers still
 STEP_SIZES = (1e-3, 0.1)  # least and greatest initial delta
 
 
@@ -388,6 +389,8 @@ def _checked(**counts: int) -> dict[str, int]:
     for name, count in counts.items():
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise ValueError(f"{name} must be a whole number >= 1; got {count!r}")
+        if count > MOST:
+            raise ValueError(f"{name} is at most {MOST}; got {count}")
     return counts
 
 

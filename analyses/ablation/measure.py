@@ -20,6 +20,12 @@ QUANTITIES = {"accuracy": ("correct", -1.0), "loss": ("loss", 1.0)}
 MOST_QUERIES = 8
 """Queries of a row whose entropies are taken, unless told."""
 
+NEEDED = (
+    *("loss", "correct", "unit_loss", "unit_correct", "valid"),
+    *("unit", "kind", "layer", "first", "size", "unit_pool"),
+)
+"""Variables and coordinates of `probe.ablate_units` that are read."""
+
 
 def measure(
     trace: xr.Dataset, *, ablated: xr.Dataset, query_tokens: Queries = None, n_bootstrap: int = 200, seed: int = 0,
@@ -78,6 +84,9 @@ def measure(
 
 def _check_same(trace: xr.Dataset, ablated: xr.Dataset) -> None:
     require(trace, "delta", "A", "B", "C", "valid")
+    missing = [name for name in NEEDED if name not in ablated.variables]
+    if missing:
+        raise ValueError(f"ablated lacks {', '.join(missing)}: pass what probe.ablate_units returned, whole")
     hashes = [data.attrs.get("model_hash") for data in (trace, ablated)]
     if None not in hashes and hashes[0] != hashes[1]:
         raise ValueError(f"ablated is of another model: model_hash {hashes[1]}, the trace's is {hashes[0]}")

@@ -5,12 +5,12 @@ from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from mamba_probe.blocks import MOST
+
 __all__ = ["MOST_LAYERS", "refuse_counts", "refuse_unknown", "refuse_values", "rename", "whole"]
 
 MOST_LAYERS = 1024
 """Layers that a config may name beyond the tensors it has: a module is built for each before shapes are compared."""
-MOST = 1 << 24
-"""Greatest size that a config may name: products of two, which the shapes of weights are, stay whole numbers."""
 _COUNT = re.compile(r"(^|_)(layers?|blocks|depth)$")
 
 

@@ -199,7 +199,7 @@ def test_what_cannot_be_taken_out_is_refused():
     with mp.attach(mp.load("zoo:trained-mqar-mamba2")) as probe:
         for options, text in (
             ({"heads": [0], "group": 2}, "give heads or group, and not both"),
-            ({"group": 0}, "group is a number of consecutive heads or channels, at least 1"),
+            ({"group": 0}, "group, a number of consecutive heads or channels, is at least 1"),
             ({"heads": [0, 4]}, "layer 0 has heads 0 to 3"),
             ({"heads": [1, 1]}, "heads needs distinct integers"),
             ({"heads": [0.5]}, "heads needs distinct integers"),

@@ -83,8 +83,8 @@ def seal(path: Path, attrs: Mapping[str, str] | None = None, names: Iterable[str
     if path.suffix == ".nc":
         return _seal_netcdf(path)
     root = json.loads((path / "zarr.json").read_text())
-    names = root["consolidated_metadata"]["metadata"] if names is None else names
-    arrays = {name: json.loads((path / name / "zarr.json").read_text()) for name in names}
+    known = root["consolidated_metadata"]["metadata"] if names is None else names
+    arrays = {name: json.loads((path / name / "zarr.json").read_text()) for name in known}
     root["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": arrays}
     root["attributes"] = root.get("attributes", {}) | dict(attrs or {})
     root["attributes"][SEAL] = seal_of(zarr_header(root))

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import xarray as xr
 
 from mamba_probe.trace.blocks import FINISHED, Block, Drift, committed, journal, write_entry
+from mamba_probe.trace.chunk import write_chunk
 from mamba_probe.trace.coding import NARROWED, SEAL, check_seal, encoded, jsoned
 from mamba_probe.trace.guarded import FlushedStore
 from mamba_probe.trace.store import seal, zarr_header
@@ -151,8 +153,23 @@ class Stream:
         where = self._arrays[name]
         if values.dtype != where.dtype:
             raise ValueError(f"`{name}` came as {values.dtype}, and the store holds {where.dtype}")
-        where[layer, first : first + values.shape[0], : values.shape[1]] = values
+        whole = (1, values.shape[0], where.chunks[2], *values.shape[2:]) == where.chunks
+        if self._layout.compress is None and whole and sys.byteorder == "little":
+            self._put_chunks(name, layer, first, values)
+        else:
+            where[layer, first : first + values.shape[0], : values.shape[1]] = values
         return drift
+
+    def _put_chunks(self, name: str, layer: int, first: int, values: np.ndarray) -> None:
+        """`put`, of rows that fill their chunks, by chunks of tokens; the last of these may be short."""
+        length = self._arrays[name].chunks[2]
+        for at in range(0, values.shape[1], length):
+            part = values[:, at : at + length]
+            if part.shape[1] < length:
+                rest = np.full((part.shape[0], length - part.shape[1], *part.shape[2:]), np.nan, part.dtype)
+                part = np.concatenate([part, rest], axis=1)
+            place = (layer, first // self._layout.rows, at // length, *[0] * (part.ndim - 2))
+            write_chunk(self.path / name, place, part)
 
     def read(self, name: str, layer: int, first: int, rows: int) -> np.ndarray:
         """What lies there of one layer and block, as it is stored."""

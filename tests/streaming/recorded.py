@@ -43,6 +43,11 @@ def record(probe, path, **options):
     return probe.record(IDS, MASK, store=path, **({"variables": VARIABLES, "batch_size": 4} | options))
 
 
+def record_by_two(probe, path, **options):
+    """More blocks to be killed between."""
+    return record(probe, path, batch_size=2, **options)
+
+
 def grown(probe, path, **options):
     """Calls of other lengths and batch sizes."""
     with probe.recording(variables=VARIABLES, store=path, **options) as recorder, torch.no_grad():
@@ -101,7 +106,7 @@ def at_point(action, point, told=None):
 
 
 def act(kind, probe, path):
-    return lambda: grown(probe, path) if kind == "grow" else record(probe, path, resume=True)
+    return lambda: grown(probe, path) if kind == "grow" else record_by_two(probe, path, resume=True)
 
 
 def main(folder, seed, trials, kind):
@@ -117,7 +122,7 @@ def main(folder, seed, trials, kind):
         path = folder / f"{trial}.zarr"
         action = act(kind, probe, path)
         while True:
-            part = chance.random()
+            part = chance.random() if kind == "resume" else (trial + chance.random()) / trials  # early ones and late
             dead = at_point(action, int(part * points)) if chance.random() < 0.7 else killed(action, part * seconds)
             counts["killed"] += dead
             counts["runs"] += 1

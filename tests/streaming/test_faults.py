@@ -243,7 +243,7 @@ def test_a_finished_store_runs_no_model_and_leftovers_go(probe, calls, tmp_path)
         ({"dtype": torch.float64}, {"model", "dtype"}), ({"backend": "naive"}, {"backend"}),
         ({"threads": 2}, {"device"}),
     ],
-    ids=str,
+    ids=lambda given: "-".join(sorted(given)),
 )  # fmt: skip
 def test_another_recording_is_refused_and_each_difference_named(tmp_path, change, named):
     options = {"batch_size": 4, "variables": ("delta", "B"), "store": tmp_path / "run.zarr"}
@@ -355,6 +355,7 @@ def peak(blocks, *path):
     return int(told.stdout)
 
 
+@pytest.mark.long
 def test_peak_memory_does_not_grow_with_the_rows(tmp_path):
     """Ten times the rows: at most 30 MB more, where the trace in memory takes four times that more.
 

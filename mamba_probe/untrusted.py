@@ -29,7 +29,7 @@ def read_object(path: Path, hook: Callable[[dict[str, Any]], Any] | None = None)
         >>> read_object(path)
         Traceback (most recent call last):
         ...
-        ValueError: .../a.json is not valid JSON: maximum recursion depth exceeded ...
+        ValueError: .../a.json cannot be read: it is not valid JSON: maximum recursion depth exceeded ...
     """
     size = path.stat().st_size
     if size > JSON_BYTES:
@@ -37,7 +37,7 @@ def read_object(path: Path, hook: Callable[[dict[str, Any]], Any] | None = None)
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_hook=hook)
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise ValueError(f"{path} cannot be read: it is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}.")
     return content

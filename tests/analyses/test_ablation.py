@@ -202,7 +202,7 @@ def test_what_cannot_be_taken_out_is_refused():
             ({"group": 0}, "group, a number of consecutive heads or channels, is at least 1"),
             ({"heads": [0, 4]}, "layer 0 has heads 0 to 3"),
             ({"heads": [1, 1]}, "heads needs distinct integers"),
-            ({"heads": [0.5]}, "heads needs distinct integers"),
+            ({"heads": [0.5]}, "heads is a list of whole numbers"),
             ({"layers": [2]}, "unknown layer '2'"),
             ({"n_random": 0}, "n_random is at least 1"),
         ):

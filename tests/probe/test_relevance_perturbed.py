@@ -107,9 +107,9 @@ def test_wrong_requests_are_refused():
         for match, given in asks.items():
             with pytest.raises(ValueError, match=match):
                 perturbed(probe, *given)
-        with pytest.raises(ValueError, match=r'replacement is "zero" or a token id 0 \.\. 36; got 37'):
+        with pytest.raises(ValueError, match=r"a token id, is in 0 \.\. 36 and a whole number; got 37"):
             perturbed(probe, found, replacement=37)
-        with pytest.raises(ValueError, match="n_random is at least 0; got -1"):
+        with pytest.raises(ValueError, match="n_random is at least 0 and a whole number; got -1"):
             perturbed(probe, found, n_random=-1)
     with mp.attach(model_of(seed=1)) as probe, pytest.raises(ValueError, match="relevance is of another model"):
         perturbed(probe, found)

@@ -59,10 +59,12 @@ def _mixer(
                     if at == profiled:
                         held = size[kind][row]
                         np.hypot(held, core.norm(alpha.T), out=held)
-    return {kind: _ratio(*both) for kind, both in sums.items()}, _ratio(heads[0], heads[1]), size
+    return {kind: _ratio(both) for kind, both in sums.items()}, _ratio(heads), size
 
 
-def _ratio(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+def _ratio(parts: np.ndarray) -> np.ndarray:
+    """The first of two over the second; NaN where that is 0."""
+    total, count = parts[0, ...], parts[1, ...]
     return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 

@@ -1,4 +1,4 @@
-"""What an analysis is to a recorded run: how it is measured, said and drawn. Each folder's entry.py holds one.
+"""What an analysis is to a recorded run: how it is measured, said and drawn. Each file, or folder's entry.py, has one.
 
 The command line, the report and their tables know the analyses by these entries alone; see docs/adding-an-analysis.md.
 """
@@ -63,11 +63,15 @@ class Analysis:
 
 @cache
 def analyses() -> Mapping[str, Analysis]:
-    """Every analysis by name, in alphabetical order: the folders beside this one that have an entry.py.
+    """Every analysis by name, in alphabetical order: folders with an entry.py, and files, beside this one.
 
     >>> "memory_horizon" in analyses()
     True
     """
     package = "mamba_probe.analyses"
-    folders = {entry.parent.name for path in import_module(package).__path__ for entry in Path(path).glob("*/entry.py")}
-    return {name: import_module(f"{package}.{name}.entry").ANALYSIS for name in sorted(folders)}
+    places = [Path(path) for path in import_module(package).__path__]
+    modules = {
+        entry.parent.name: f"{entry.parent.name}.entry" for place in places for entry in place.glob("*/entry.py")
+    }
+    modules |= {file.stem: file.stem for place in places for file in place.glob("*.py") if file.stem != "__init__"}
+    return {name: import_module(f"{package}.{modules[name]}").ANALYSIS for name in sorted(modules)}

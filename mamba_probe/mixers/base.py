@@ -136,8 +136,8 @@ class MixerAdapter(ABC):
         return Call(self.layer, None if mask is None else mask.bool(), continues)
 
     def masks(self, mask: Tensor | None) -> dict[str, Any]:
-        """What its forward is called with for an attention mask."""
-        return {"attention_mask": mask}
+        """What its forward is called with for an attention mask, which it need not know where there is none."""
+        return {} if mask is None else {"attention_mask": mask}
 
     def native(self, hidden: Tensor, **options: Any) -> Any:
         """What the library's own forward makes of hidden states, while a tap stands in the mixer too."""

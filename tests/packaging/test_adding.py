@@ -16,8 +16,7 @@ from mamba_probe.analyses import write_share
 from mamba_probe.analyses.common.analysis import analyses
 from mamba_probe.report import analyse, draw, finding
 from mamba_probe.run import record_task
-from mamba_probe.analyses.write_share import core
-assert doctest.testmod(core) == (0, 2)
+assert doctest.testmod(write_share) == (0, 2)
 run = record_task(mp.load("zoo:mqar-mamba1"), "mqar", rows=3, length=20, n_pairs=2)
 result = analyse(run, "out", names=("write_share",))["write_share"]
 delta = run.trace["delta"].values[0].astype(float)
@@ -36,15 +35,20 @@ planted.test_equal_steps_have_the_null()
 """
 
 
-def blocks():
+def files():
+    """The page's code by the file that it is for, the parts of one in their order."""
     page = (ROOT / "docs/adding-an-analysis.md").read_text()
-    found = re.findall(r"```python\n# (\S+)\n(.*?)```", page, re.S)
+    found = re.findall(r"```python\n# ([^,\n]+)(?:, continued)?\n(.*?)```", page, re.S)
     assert len(found) == len(re.findall("```python", page)) == 6
-    return dict(found)
+    whole = {}
+    for name, code in found:
+        whole[name] = "\n\n".join([*([whole[name]] if name in whole else []), code])
+    return whole
 
 
 def test_the_pages_code_is_an_analysis(tmp_path):
-    for name, code in blocks().items():
+    assert list(files()) == ["analyses/write_share.py", "tests/analyses/test_write_share.py"]
+    for name, code in files().items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(code)

@@ -241,7 +241,7 @@ def test_mistakes_are_answered_before_anything_is_swept(model):
             ({"metric": lambda logits: logits}, r"a tensor \(2,\); got shape \(2, 9, 61\)"),
             ({"metric": lambda logits: 1.0}, "got float"),
             ({"metric": lambda logits: logits[:, -1, 0].log() * torch.tensor([1, torch.nan])}, "got nan at row"),
-            ({"batch_size": 0}, "at least 1; got 0"),
+            ({"batch_size": 0}, "batch_size is at least 1 and a whole number; got 0"),
         ):
             with pytest.raises(ValueError, match=words):
                 quiet(probe, **given)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mamba_probe.load import load
+from mamba_probe.loading import load
 from mamba_probe.reference import load_beside, ships
 
 __all__ = ["lacks", "load_again"]

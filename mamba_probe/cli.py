@@ -287,7 +287,7 @@ def inspect(
 
       mamba-probe inspect state-spaces/mamba-130m --rows 4 --length 1024
     """
-    from mamba_probe.load import load
+    from mamba_probe.loading import load
     from mamba_probe.probe import attach
     from mamba_probe.report.inspecting import described, points
 

@@ -72,7 +72,7 @@ def recorded(
         FileNotFoundError, ValueError: options that do not go together, or name what is not there.
     """
     from mamba_probe import run
-    from mamba_probe.load import load, load_tokenizer
+    from mamba_probe.loading import load, load_tokenizer
 
     if (task is None) == (text is None):
         got = "neither" if task is None else "both"

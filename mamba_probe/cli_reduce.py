@@ -70,7 +70,7 @@ def reduce_command(
     """
     from mamba_probe import corpus, reduce
     from mamba_probe.cli_recording import quiet_transformers
-    from mamba_probe.load import load, load_tokenizer
+    from mamba_probe.loading import load, load_tokenizer
     from mamba_probe.probe import attach
     from mamba_probe.run import randomised_twin
     from mamba_probe.trace.store import check_free, save

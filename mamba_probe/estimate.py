@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from mamba_probe.recorder import Plan
+from mamba_probe.trace.memory import readable
 
-__all__ = ["Estimate", "estimate", "layout_of", "readable"]
+__all__ = ["Estimate", "estimate", "layout_of"]
 
 COMPLEX = ("A", "B", "C", "A_bar", "B_bar", "h")
 """Variables that S4D holds as complex numbers."""
@@ -76,15 +77,3 @@ def layout_of(
     is_complex = sizes.family == "s4d" and name in COMPLEX
     kind = ("complex128" if wide else "complex64") if is_complex else ("float64" if wide else "float32")
     return tuple(extent[dim] for dim in sizes.dims(name)), np.dtype(kind)
-
-
-def readable(n_byte: int) -> str:
-    """Bytes as people say them.
-
-    >>> readable(999), readable(5_400_000_000)
-    ('999 B', '5.4 GB')
-    """
-    size, unit = float(n_byte), 0
-    while size >= 999.5 and unit < 4:
-        size, unit = size / 1000, unit + 1
-    return f"{n_byte} B" if unit == 0 else f"{size:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"

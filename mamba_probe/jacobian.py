@@ -15,19 +15,69 @@ from torch import Tensor, nn
 
 from mamba_probe import provenance
 from mamba_probe.arguments import array, whole, wholes
-from mamba_probe.inputs import ModelInput
+from mamba_probe.inputs import ModelInput, checked_input
 from mamba_probe.mixers import MixerAdapter
+from mamba_probe.trace.contract import unknown_name
 
-__all__ = ["measure_jacobian"]
+__all__ = ["jacobian"]
 
 Mixer = Callable[[Tensor], Tensor]
 
 
-def measure_jacobian(
+def jacobian(
+    probe: Any, inputs: Any = None, attention_mask: Any = None, *, layer: int,
+    query_tokens: Sequence[int] | None = None, source_tokens: Sequence[int] | None = None, read_out: Any = None,
+    direction: Any = None, n_probes: int | None = None, seed: int = 0,
+) -> xr.Dataset:  # fmt: skip
+    r"""Derivatives of a mixer's output by its input, token by token, selection moving with them.
+
+    $J_{t,s} = \partial\, \mathrm{out}_t / \partial u_s$ of one layer, at the inputs that the model gives it.
+
+    Args:
+        probe: an attached probe.
+        inputs, attention_mask: as in `record`.
+        layer: the model's own layer number.
+        query_tokens: positions t among a row's valid tokens: which inputs move them (one backward pass a query
+            and output).
+        source_tokens: positions s: which outputs they move (one forward-mode pass a source and direction). Give
+            one of the two.
+        read_out: (kernel, model) rows that read the output; None: every feature of it.
+        direction: (model,) along which the input moves; None: all features, as the norm over them.
+        n_probes: with source_tokens and no direction: estimate the Frobenius norm from this many random sign
+            vectors, sum |J v|^2 / n (unbiased in the square); None: exact, one pass a feature.
+        seed: of the probes.
+
+    Returns:
+        `jacobian` over (batch, query_token, kernel, token), or (batch, source_token, token) as a norm >= 0; NaN
+        at padding.
+
+    Raises:
+        ValueError: both or neither kind of token, a position that not every row has, an unknown layer, wrong
+            shapes, or source_tokens with the backend triton, which has no forward-mode derivative.
+    """
+    probe._check_unedited("jacobian")
+    if any(tap.listener is not None for tap in probe._taps.values()):
+        raise ValueError("jacobian runs the model, and a recording is open on this probe: leave it first")
+    if whole("layer", layer) not in probe._taps:
+        raise unknown_name("layer", layer, [str(known) for known in probe.layers])
+    if probe.backend == "triton" and source_tokens is not None:
+        raise ValueError(
+            "the triton scan has no forward-mode derivative, which source_tokens need: ask for query_tokens, or "
+            'attach with backend="cpu", on any device'
+        )
+    adapter = next(adapter for adapter in probe._adapters if adapter.layer == layer)
+    given = checked_input(probe.model, adapter.sizes.width, inputs, attention_mask, None, None)
+    return _measured(
+        probe.model, adapter, given, query_tokens=query_tokens, source_tokens=source_tokens, read_out=read_out,
+        direction=direction, n_probes=n_probes, seed=seed,
+    )  # fmt: skip
+
+
+def _measured(
     model: nn.Module, adapter: MixerAdapter, given: ModelInput, *, query_tokens: Sequence[int] | None,
     source_tokens: Sequence[int] | None, read_out: Any, direction: Any, n_probes: int | None, seed: int,
 ) -> xr.Dataset:  # fmt: skip
-    """See `Probe.jacobian`."""
+    """See `jacobian`."""
     if (query_tokens is None) == (source_tokens is None):
         raise ValueError("pass either query_tokens (what moved them) or source_tokens (what they move), and not both")
     seed = whole("seed", seed)

@@ -20,7 +20,7 @@ from mamba_probe.attaching import check_free_to_attach, chosen_backend, torch_mo
 from mamba_probe.estimate import Estimate, estimate
 from mamba_probe.experiments import Experiments
 from mamba_probe.inputs import ModelInput, checked_input
-from mamba_probe.jacobian import measure_jacobian
+from mamba_probe.jacobian import jacobian
 from mamba_probe.keeping import KEEPS
 from mamba_probe.listening import check_silent, kept, listen, listening
 from mamba_probe.losses import losses
@@ -34,6 +34,7 @@ from mamba_probe.reducing import Reduction
 from mamba_probe.reducing.driving import BATCH_SIZE, check_no_trace, reduce
 from mamba_probe.relevance import perturbed, relevance
 from mamba_probe.remembrance import remembrance
+from mamba_probe.showing import probe_html, probe_text
 from mamba_probe.streaming import GrowingSink, StreamSink
 from mamba_probe.to_store import Storing, check_fits, identity_of, stream, template
 from mamba_probe.trace.contract import unknown_name
@@ -140,6 +141,8 @@ class Probe(Experiments):
 
     # -- what is there -------------------------------------------------------------------------------------------
 
+    __repr__, _repr_html_ = probe_text, probe_html
+
     @property
     def layers(self) -> tuple[int, ...]:
         """Numbers of the probed layers, the model's own."""
@@ -149,17 +152,6 @@ class Probe(Experiments):
     def groups(self) -> dict[str, tuple[int, ...]]:
         """Layers that can share one trace: equal family and sizes."""
         return grouped(self._adapters)
-
-    def __repr__(self) -> str:
-        state = "attached to" if self.attached else "detached from"
-        lines = [f"Probe {state} {type(self.model).__name__}, backend {self.backend} ({self.backend_reason})"]
-        for sizes, layers in self.groups.items():
-            whole = layers[-1] - layers[0] == len(layers) - 1
-            numbers = f"{layers[0]}..{layers[-1]}" if whole else ", ".join(map(str, layers))
-            span = f"layer {layers[0]}" if len(layers) == 1 else f"{len(layers)} layers {numbers}"
-            lines.append(f"  {span}: {sizes}")
-        edits = {repr(edit): None for tap in self._taps.values() for edit in tap.edits}
-        return "\n".join(lines + [f"  edits: {', '.join(edits)}"] * bool(edits))
 
     def weights(self, layers: Sequence[int] | None = None) -> xr.Dataset:
         """The static weights that analyses need, by our names, as a Dataset over the same layers.
@@ -365,58 +357,12 @@ class Probe(Experiments):
 
     # functions of a probe, in a module each
     losses = losses
+    jacobian = jacobian
     remembrance = remembrance
     relevance, perturbed = relevance, perturbed
     ablate_class, ablate_units = ablate_class, ablate_units
     associating = associating
     reduce = reduce
-
-    def jacobian(
-        self, inputs: Any = None, attention_mask: Any = None, *, layer: int,
-        query_tokens: Sequence[int] | None = None, source_tokens: Sequence[int] | None = None,
-        read_out: Any = None, direction: Any = None, n_probes: int | None = None, seed: int = 0,
-    ) -> xr.Dataset:  # fmt: skip
-        r"""Derivatives of a mixer's output by its input, token by token, selection moving with them.
-
-        $J_{t,s} = \partial\, \mathrm{out}_t / \partial u_s$ of one layer, at the inputs that the model gives it.
-
-        Args:
-            inputs, attention_mask: as in `record`.
-            layer: the model's own layer number.
-            query_tokens: positions t among a row's valid tokens: which inputs move them (one backward pass a query
-                and output).
-            source_tokens: positions s: which outputs they move (one forward-mode pass a source and direction). Give
-                one of the two.
-            read_out: (kernel, model) rows that read the output; None: every feature of it.
-            direction: (model,) along which the input moves; None: all features, as the norm over them.
-            n_probes: with source_tokens and no direction: estimate the Frobenius norm from this many random sign
-                vectors, sum |J v|^2 / n (unbiased in the square); None: exact, one pass a feature.
-            seed: of the probes.
-
-        Returns:
-            `jacobian` over (batch, query_token, kernel, token), or (batch, source_token, token) as a norm >= 0; NaN
-            at padding.
-
-        Raises:
-            ValueError: both or neither kind of token, a position that not every row has, an unknown layer, wrong
-                shapes, or source_tokens with the backend triton, which has no forward-mode derivative.
-        """
-        self._check_unedited("jacobian")
-        if any(tap.listener is not None for tap in self._taps.values()):
-            raise ValueError("jacobian runs the model, and a recording is open on this probe: leave it first")
-        if whole("layer", layer) not in self._taps:
-            raise unknown_name("layer", layer, [str(known) for known in self.layers])
-        if self.backend == "triton" and source_tokens is not None:
-            raise ValueError(
-                "the triton scan has no forward-mode derivative, which source_tokens need: ask for query_tokens, or "
-                'attach with backend="cpu", on any device'
-            )
-        adapter = next(adapter for adapter in self._adapters if adapter.layer == layer)
-        given = checked_input(self.model, adapter.sizes.width, inputs, attention_mask, None, None)
-        return measure_jacobian(
-            self.model, adapter, given, query_tokens=query_tokens, source_tokens=source_tokens, read_out=read_out,
-            direction=direction, n_probes=n_probes, seed=seed,
-        )  # fmt: skip
 
     def parity(self, inputs: Any = None, attention_mask: Any = None, **options: Any) -> xr.Dataset:
         """The probe against the untouched model and a float64 oracle, layer by layer, on each layer's own input.

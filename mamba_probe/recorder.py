@@ -21,6 +21,7 @@ from mamba_probe.keeping import Courier, Kept
 from mamba_probe.kernels.emission import EMITTABLE, Emit
 from mamba_probe.mixers import Call, Sizes
 from mamba_probe.rows import OpenCall, Rows
+from mamba_probe.showing import recorder_html, recorder_text
 from mamba_probe.trace.contract import DIRECTED
 from mamba_probe.trace.schema import VARIABLES
 
@@ -87,10 +88,7 @@ class Recorder:
         self._dataset: xr.Dataset | None = None
         self._closed = False
 
-    def __repr__(self) -> str:
-        plan = f"{', '.join(self._plan.variables)} of {len(self._plan.layers)} layer(s)"
-        state = "whole" if self._closed and self._calls else f"open, {self._calls} call(s) so far"
-        return f"Recorder({plan}; {state})"
+    __repr__, _repr_html_ = recorder_text, recorder_html
 
     @property
     def n_calls(self) -> int:

@@ -7,7 +7,7 @@ from torch import nn
 
 from mamba_probe import constructions, zoo
 from mamba_probe.formats.files import read_json
-from mamba_probe.load import load
+from mamba_probe.loading import load
 from mamba_probe.trace.contract import unknown_name
 from mamba_probe.untrusted import inside
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 import shutil
 import time
 import warnings
@@ -21,7 +20,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from mamba_probe.arguments import whole as whole_number
-from mamba_probe.estimate import layout_of, readable
+from mamba_probe.estimate import layout_of
 from mamba_probe.inputs import CorpusInput, ModelInput
 from mamba_probe.keeping import Courier
 from mamba_probe.other_run import OtherRun
@@ -30,13 +29,12 @@ from mamba_probe.recorder import ABSENT, Plan, assembled
 from mamba_probe.rows import Rows
 from mamba_probe.streaming import IN_MEMORY, StreamSink, with_room
 from mamba_probe.trace.contract import unknown_name
+from mamba_probe.trace.memory import free_memory, n_bytes, readable
 from mamba_probe.trace.store import check_free, remove
 from mamba_probe.trace.stream import COMPRESSIONS, NARROWABLE, Layout, Stream
 
-__all__ = ["Storing", "check_fits", "free_memory", "identity_of", "n_bytes", "shard", "stream", "template"]
+__all__ = ["Storing", "check_fits", "identity_of", "shard", "stream", "template"]
 
-UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-         "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}  # fmt: skip
 NEVER_NARROW = ("delta_cumsum", "A")
 """Sums over tokens, and what every decay is made of: their errors grow with the row."""
 PATIENCE = 600.0
@@ -240,31 +238,6 @@ def shard() -> tuple[int, int] | None:
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return None
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-
-
-def n_bytes(given: int | str) -> int:
-    """Bytes, also from text with a unit.
-
-    Raises:
-        ValueError: no size.
-
-    >>> n_bytes("1.5 GB"), n_bytes("2MiB"), n_bytes(10)
-    (1500000000, 2097152, 10)
-    """
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(given))
-    if isinstance(given, bool) or found is None or found[2] not in UNITS or not float(found[1]):
-        raise ValueError(f'a size is a number of bytes above 0, or text as "8GB" or "512MiB"; got {given!r}')
-    return int(float(found[1]) * UNITS[found[2]])
-
-
-def free_memory() -> int:
-    """Bytes of memory that can be taken now, by the kernel's own reckoning and the limit of this process' group."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free
 
 
 def check_fits(weight: int, max_memory: int | str | None, force: bool) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mamba_probe import blocks
 from mamba_probe.constructions.tables import fresh
+from mamba_probe.showing import construction_html
 
 __all__ = ["Construction"]
 
@@ -93,6 +94,8 @@ class Construction:
         listed = ", ".join(f"{name}={size}" for name, size in self.sizes.items())
         dtype = str(self.dtype).removeprefix("torch.")
         return f"Construction({self.name}: {type(self.model).__name__}, {listed}, {dtype})"
+
+    _repr_html_ = construction_html
 
     def describe(self) -> str:
         """Return the sizes, the claim, the bound, the channels, the states and the ideal signatures as text."""

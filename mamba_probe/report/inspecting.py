@@ -5,10 +5,11 @@ from collections.abc import Iterator, Sequence
 from rich.table import Column, Table
 from torch import nn
 
-from mamba_probe.estimate import estimate, readable
+from mamba_probe.estimate import estimate
 from mamba_probe.hooks import parsed
 from mamba_probe.mixers import MixerAdapter, find_mixers
 from mamba_probe.planning import checked_plan, grouped
+from mamba_probe.trace.memory import readable
 from mamba_probe.trace.schema import DEFAULT_VARIABLES, VARIABLES
 
 __all__ = ["described", "points"]

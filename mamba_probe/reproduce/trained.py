@@ -15,7 +15,7 @@ from torch import nn
 
 from mamba_probe import blocks, zoo
 from mamba_probe.constructions import Construction, induction, keep_nth, mqar
-from mamba_probe.load import load
+from mamba_probe.loading import load
 from mamba_probe.reproduce.evaluate import MIXERS, NUMBERS_A_CALL
 from mamba_probe.reproduce.table import Cell
 from mamba_probe.tasks import Task

@@ -1,16 +1,26 @@
 """`trace.probe`: a thin accessor over plain functions."""
 
+from collections.abc import Sequence
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
 
 from mamba_probe.trace.contract import TOKEN_ORDER, check_held, directions, unknown_name, validate
+from mamba_probe.trace.frame import frame_of
+from mamba_probe.trace.html import card
+from mamba_probe.trace.memory import readable
 from mamba_probe.trace.schema import DIRECTIONS, VARIABLES
 from mamba_probe.trace.unroll import unrolled
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 __all__ = ["ProbeAccessor"]
+
+FACTS = ("model", "model_hash", "backend", "discretization", "parity_error", "edits", "created_at")
+"""Attributes that a notebook shows below a trace's variables."""
 
 
 @xr.register_dataset_accessor("probe")
@@ -31,6 +41,23 @@ class ProbeAccessor:
         sizes = ", ".join(f"{dim}: {size}" for dim, size in trace.sizes.items())
         head = f"trace ({trace.attrs['family']}): {len(trace.data_vars)} variables, {trace.nbytes / 1e6:.1f} MB"
         return head + (f" ({sizes})" if sizes else "")
+
+    def _repr_html_(self) -> str:
+        """The same in a notebook, with a row for each variable, and what was recorded of which model."""
+        trace = self._trace
+        rows = [
+            (name, ", ".join(f"{dim}: {size}" for dim, size in array.sizes.items()), array.dtype,
+             readable(array.nbytes), array.attrs.get("long_name", ""))
+            for name, array in trace.data_vars.items()
+        ]  # fmt: skip
+        layers = (
+            f"layers: {', '.join(map(str, np.atleast_1d(trace['layer'].values)))}" if "layer" in trace.coords else ""
+        )
+        said = [f"{name.replace('_', ' ')}: {trace.attrs[name]}" for name in FACTS if trace.attrs.get(name, "") != ""]
+        along = [name for name in map(str, trace.coords) if name not in trace.dims]
+        coords = f"coordinates: {', '.join(along)}" if along else ""
+        facts = filter(None, (layers, coords, *said))
+        return card(repr(self), ("variable", "dimensions", "dtype", "size", "what it is"), rows, facts)
 
     def _step(self, name: str) -> xr.DataArray:
         """A step variable in blocks of one layer and row, so that what is derived from it stays lazy."""
@@ -106,6 +133,13 @@ class ProbeAccessor:
     def unrolled(self, sequences: Any = None) -> xr.Dataset:
         """Each row a sequence with its own history, also after a beam search: see `mamba_probe.trace.unroll`."""
         return unrolled(self._trace, sequences)
+
+    def to_dataframe(
+        self, variables: str | Sequence[str], *, layers: Sequence[int] | None = None,
+        max_memory: int | str | None = None,
+    ) -> "pd.DataFrame":  # fmt: skip
+        """Variables of equal dimensions as a table for pandas, without padding: see `mamba_probe.trace.frame`."""
+        return frame_of(self._trace, variables, layers, max_memory)
 
     def save(self, path: str | PathLike[str], *, overwrite: bool = False) -> Any:
         """Write the trace: `*.zarr` as a Zarr store, `*.nc` as netCDF. See `mamba_probe.trace.save`."""

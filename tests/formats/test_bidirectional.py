@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mamba_probe.load import load
+from mamba_probe.loading import load
 
 VIM = (
     "layers.0.mixer.in_proj.weight",

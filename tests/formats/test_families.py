@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from mamba_probe.load import load
+from mamba_probe.loading import load
 
 ATTENTION = {"intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
 SSD = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_chunk_size": 8, "mamba_n_groups": 2}

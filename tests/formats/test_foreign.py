@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mamba_probe.formats.state_spaces import translate
-from mamba_probe.load import load
+from mamba_probe.loading import load
 
 
 @dataclasses.dataclass

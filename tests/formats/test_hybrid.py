@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from mamba_probe.load import load
+from mamba_probe.loading import load
 
 ATTENTION = {"causal": True, "num_heads": 2, "num_heads_kv": 1, "head_dim": 8, "rotary_emb_dim": 4, "d_conv": 0,
              "qkv_proj_bias": False, "out_proj_bias": False, "rotary_emb_base": 100.0}  # fmt: skip

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from mamba_probe.load import load
+from mamba_probe.loading import load
 
 NAMES = {"mamba": "MambaMixer", "mamba2": "Mamba2Mixer"}
 

@@ -8,7 +8,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from mamba_probe.load import load
+from mamba_probe.loading import load
 
 COMMITS = {"main": "0" * 40, "v2": "1" * 40}
 

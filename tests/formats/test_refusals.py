@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from mamba_probe.load import load, load_tokenizer
+from mamba_probe.loading import load, load_tokenizer
 
 
 class Payload:

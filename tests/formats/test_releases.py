@@ -9,7 +9,7 @@ from transformers.models.falcon_h1 import modeling_falcon_h1
 from transformers.models.mamba2 import modeling_mamba2
 
 from mamba_probe.formats.releases import KnownErrorWarning
-from mamba_probe.load import load
+from mamba_probe.loading import load
 
 
 class MambaRMSNormGated(torch.nn.Module):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mamba_probe.formats.s4d import S4D
-from mamba_probe.load import load
+from mamba_probe.loading import load
 
 
 @pytest.fixture

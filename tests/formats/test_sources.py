@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mamba_probe import zoo
-from mamba_probe.load import load, load_tokenizer
+from mamba_probe.loading import load, load_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

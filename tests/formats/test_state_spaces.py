@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mamba_probe.formats.state_spaces import translate
-from mamba_probe.load import load
+from mamba_probe.loading import load
 
 
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])

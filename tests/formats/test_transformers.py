@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM
 
-from mamba_probe.load import load
+from mamba_probe.loading import load
 
 CONFIGS = [
     {},

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mamba_probe.load import load
+from mamba_probe.loading import load
 
 
 def test_autoconfig_does_not_know_a_state_spaces_directory(kit, family, tmp_path):

@@ -10,10 +10,10 @@ from scipy.special import erf, expit
 from torch import nn
 
 import mamba_probe as mp
-from mamba_probe.estimate import readable
 from mamba_probe.formats.s4d import S4D
 from mamba_probe.mixers import find_mixers
 from mamba_probe.report.inspecting import described
+from mamba_probe.trace.memory import readable
 
 VARIABLES = ("delta", "A", "B", "C", "A_bar", "B_bar", "x", "y", "h", "u", "out")
 SHARED = ("x", "y", "h", "u", "out")

@@ -1,6 +1,7 @@
 """The wheel's contents, the direction of imports, and a light import."""
 
 import ast
+import importlib
 import subprocess
 import sys
 import zipfile
@@ -45,7 +46,7 @@ def breaches(package, forbidden, but=()):
     ]
 
 
-UPPER = ["mamba_probe.probe", "mamba_probe.cli", "mamba_probe.report", "mamba_probe.load", "mamba_probe.recorder"]
+UPPER = ["mamba_probe.probe", "mamba_probe.cli", "mamba_probe.report", "mamba_probe.loading", "mamba_probe.recorder"]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_imports_go_one_way(package, forbidden, but):
 def test_import_is_light_and_leaves_hugging_faces_kernels_alone():
     code = (
         "import sys, mamba_probe;"
-        "print([m for m in ('triton', 'transformers', 'matplotlib') if m in sys.modules]);"
+        "print([m for m in ('torch', 'triton', 'transformers', 'matplotlib') if m in sys.modules]);"
         "print('kernels' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
@@ -81,6 +82,30 @@ def test_public_surface_is_the_explicit_list():
     assert mamba_probe.__all__ == sorted(mamba_probe.__all__, key=lambda n: (n.islower(), n))
     for name in mamba_probe.__all__:
         assert getattr(mamba_probe, name).__doc__, name
+    assert set(mamba_probe.__all__) <= set(dir(mamba_probe))
+    with pytest.raises(AttributeError, match="module 'mamba_probe' has no attribute 'lode'"):
+        mamba_probe.lode  # noqa: B018
+
+
+def test_what_a_type_checker_reads_is_what_is_imported_when_asked_for():
+    """The names below `if TYPE_CHECKING` come from where `__getattr__` finds them."""
+    import mamba_probe
+
+    tree = ast.parse((ROOT / "mamba_probe/__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    read = {(alias.asname or alias.name): (node.module, alias.name) for node in block.body for alias in node.names}
+    assert list(mamba_probe.__all__) == sorted(read, key=lambda n: (n.islower(), n))
+    for name, (module, attribute) in read.items():
+        home = importlib.import_module(module)
+        found = getattr(home, attribute, None) or importlib.import_module(f"{module}.{attribute}")
+        assert getattr(mamba_probe, name) is found
+
+
+def test_no_submodule_has_the_name_of_a_function():
+    import mamba_probe
+
+    beside = {path.stem for path in (ROOT / "mamba_probe").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert beside & set(mamba_probe.__all__) == {"blocks", "constructions", "patching", "tasks", "zoo"}
 
 
 @pytest.fixture(scope="module")

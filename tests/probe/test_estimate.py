@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 import mamba_probe as mp
 from mamba_probe import blocks, cli
-from mamba_probe.estimate import readable
+from mamba_probe.trace.memory import readable
 from mamba_probe.trace.schema import VARIABLES
 
 BLOCKS = {

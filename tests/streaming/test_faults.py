@@ -20,8 +20,8 @@ from recorded import IDS, MASK
 import mamba_probe as mp
 from mamba_probe.keeping import Courier
 from mamba_probe.streaming import StreamSink
-from mamba_probe.to_store import n_bytes
 from mamba_probe.trace import save
+from mamba_probe.trace.memory import n_bytes
 from mamba_probe.trace.stream import Stream
 
 pytestmark = pytest.mark.timeout(240)

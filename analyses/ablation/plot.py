@@ -45,7 +45,7 @@ def plot(result: xr.Dataset, ax: Any = None, *, kind: str = "effect") -> Any:
         text = f"{result.attrs['model']}:\n{result.attrs['verdict']}"
         ax.text(0.5, 0.5, text, ha="center", va="center", color="0.35", transform=ax.transAxes, wrap=True)
         return ax
-    ax.spines[["top", "right"]].set_visible(False)
+    style.frame(ax)
     (_effects if kind == "effect" else _entropies)(result, ax)
     return ax
 
@@ -70,7 +70,7 @@ def _effects(result: xr.Dataset, ax: Any) -> None:
     drawn = "bars 95 % interval over rows" if int(result.attrs["n_rows"]) > 1 else "one row: no interval"
     ax.set_ylabel(f"{_change(result)}\n{drawn}")
     solved = f" (accuracy {result['accuracy'].item():.2f})" if "accuracy" in result else ""
-    ax.set_title(f"{result.attrs['model']}: what each part is worth{solved}", loc="left", pad=40, fontsize="medium")
+    style.title(ax, f"{result.attrs['model']}: what each part is worth{solved}")
 
 
 def _unit_axis(result: xr.Dataset, ax: Any) -> None:
@@ -79,10 +79,10 @@ def _unit_axis(result: xr.Dataset, ax: Any) -> None:
     if len(names) <= MOST_NAMES:
         if len(set(result["layer"].values.tolist())) == 1:
             names = [names[0], *(name.removeprefix(f"{names[0]} ") for name in names[1:])]
-        ax.set_xticks(range(len(names)), names, rotation=90 if len(names) > 6 else 0, fontsize="small")
+        ax.set_xticks(range(len(names)), names, rotation=90 if len(names) > 6 else 0, fontsize=style.dense("x"))
     else:
         at = np.flatnonzero(kinds == "layer")
-        ax.set_xticks(at, [names[i] for i in at], rotation=90 if len(at) > 6 else 0, fontsize="small")
+        ax.set_xticks(at, [names[i] for i in at], rotation=90 if len(at) > 6 else 0, fontsize=style.dense("x"))
         part = next((kind for kind in kinds if kind != "layer"), "")
         if part:
             ax.set_xlabel(f"each layer as a whole, then its {part}s in order")
@@ -105,6 +105,6 @@ def _entropies(result: xr.Dataset, ax: Any) -> None:
     rho, low, high = (result[f"correlation{end}"].item() for end in ("", "_null_low", "_null_high"))
     said = f"Spearman of harm and entropy {rho:.2f} (paired at random: {low:.2f} to {high:.2f})"
     said = said if np.isfinite(rho) else "too few units, or no spread, for a correlation"
-    ax.set_title(f"{result.attrs['model']}\n{said}", loc="left", fontsize="medium")
+    style.title(ax, f"{result.attrs['model']}\n{said}")
     if len(layers) > 1:
-        ax.legend(frameon=False, fontsize="small")
+        ax.legend()

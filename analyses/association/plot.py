@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
+from mamba_probe.analyses.common import style
 from mamba_probe.analyses.common.style import LTI, NULL, REAL, axes, check, names_as_they_are
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def plot(result: xr.Dataset, ax: Any = None, *, kind: str = "map", layer: int | 
     if layer is not None and layer not in result["layer"].values:
         raise ValueError(f"layer {layer} is not in this result, which has {result['layer'].values.tolist()}")
     ax = axes(ax)
-    ax.set_title(f"{result.attrs['model']}:\n{_heading(result)}", fontsize="medium", loc="left")
+    style.title(ax, f"{result.attrs['model']}:\n{_heading(result)}")
     if not int(result["n_counted"]) or not bool(result["solved"]):
         ax.set_axis_off()
         words = f"{int(result['n_correct'])} of {int(result['n_query'])} queries answered: nothing to give back"
@@ -85,8 +86,10 @@ def _map(result: xr.Dataset, ax: "Axes") -> None:
             fontsize="small",
         )
     single = result.sizes["layer"] == 1
-    ax.set_yticks(range(len(lines)), [WORDS[s] if single else f"{i}: {WORDS[s]}" for i, s in lines], fontsize="small")
-    ax.set_xticks(range(len(roles)), roles, fontsize="small")
+    ax.set_yticks(
+        range(len(lines)), [WORDS[s] if single else f"{i}: {WORDS[s]}" for i, s in lines], fontsize=style.dense("y")
+    )
+    ax.set_xticks(range(len(roles)), roles, fontsize=style.dense("x"))
     ax.set_xlabel("token at which the clean run is put back")
     for edge in np.arange(len(sites), len(lines), len(sites)):
         ax.axhline(edge - 0.5, color="k", lw=0.8)
@@ -114,5 +117,5 @@ def _bars(result: xr.Dataset, ax: "Axes", layer: int) -> None:
     ax.set_xlabel(f"token at which the clean run is put back in layer {layer}")
     ax.set_ylim(top=1.45)
     ax.set_yticks(np.arange(np.ceil(ax.get_ylim()[0] / 0.25) * 0.25, 1.01, 0.25))
-    ax.legend(frameon=False, fontsize="small", loc="upper left", ncols=2, columnspacing=1.0, handlelength=1.2)
-    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(loc="upper left", ncols=2, columnspacing=1.0, handlelength=1.2)
+    style.frame(ax)

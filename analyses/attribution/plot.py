@@ -87,10 +87,10 @@ def _classes(result: xr.Dataset, ax: "Axes") -> "Axes":
             ax.vlines(x, ends[0], ends[1], color="black", lw=1)
     ax.hlines(result["chance"].values, np.arange(len(kinds)) - 0.4, np.arange(len(kinds)) + 0.4, color="black",
               ls=":", lw=1.2, label="chance")  # fmt: skip
-    ax.set_xticks(range(len(kinds)), [str(kind).replace(" ", "\n", 1) for kind in kinds], fontsize="small")
+    ax.set_xticks(range(len(kinds)), [str(kind).replace(" ", "\n", 1) for kind in kinds], fontsize=style.dense("x"))
     ax.set_ylabel("share of positive relevance\n" + _bar(result))
     ax.set_ylim(0, None)
-    ax.spines[["top", "right"]].set_visible(False)
+    style.frame(ax)
     style.legend_outside(ax)
     return ax
 
@@ -121,7 +121,7 @@ def _token_axis(one: xr.Dataset, ax: "Axes", token: np.ndarray) -> None:
     """Ids below, where they are few, and what each is there for above."""
     ids = one["token_id"].values[token]
     if len(token) <= LABELLED:
-        ax.set_xticks(range(len(token)), [str(each) for each in ids], fontsize="small", rotation=90)
+        ax.set_xticks(range(len(token)), [str(each) for each in ids], fontsize=style.dense("x"), rotation=90)
         ax.set_xlabel(f"token id, the last the query; explained: the logit of {int(one['target_id'])}")
     else:
         step = -(-len(token) // 12)
@@ -149,7 +149,7 @@ def _curve(result: xr.Dataset, ax: "Axes") -> "Axes":
     band = "band 95 % interval over rows" if int(result.attrs["n_rows"]) > 1 else "one row: no interval"
     ax.set_ylabel(f"probability of the target\n{band}")
     ax.set_ylim(0, 1)
-    ax.spines[["top", "right"]].set_visible(False)
+    style.frame(ax)
     style.legend_outside(ax)
     return ax
 

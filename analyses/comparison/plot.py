@@ -57,7 +57,7 @@ def plot(result: xr.Dataset, ax: Any = None, *, kind: str = "difference", variab
         raise ValueError(f"`{name}` has {entries} entries and a figure holds {MOST}: take some with result.sel(...)")
     ax = style.axes(ax)
     {"difference": _differences, "values": _values, "trajectory": _trajectory}[kind](result, name, cells, ax)
-    ax.spines[["top", "right"]].set_visible(False)
+    style.frame(ax)
     return ax
 
 

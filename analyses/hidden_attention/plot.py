@@ -112,7 +112,7 @@ def _lag(one: xr.Dataset, ax: Any) -> None:
         _curve(one[name].values, ax, label=label, **look)
     known = np.isfinite(one["layer_by_lag_low"].values).any()
     drawn = "band 95 % interval" if known else "no interval: too few queries"
-    _finish_lag(one, ax, f"layer {one['layer'].item()}", f"mean |alpha|{_scaled(one.attrs)}\n{drawn}", pad=40)
+    _finish_lag(one, ax, f"layer {one['layer'].item()}", f"mean |alpha|{_scaled(one.attrs)}\n{drawn}")
 
 
 def _lag_by_layer(result: xr.Dataset, ax: Any) -> None:
@@ -129,7 +129,7 @@ def _lag_by_layer(result: xr.Dataset, ax: Any) -> None:
     for key in ("executed", "null_lti"):
         ax.plot([], [], _SERIES[key][2], color="0.2", label=_SERIES[key][3])
     _layer_bar(result, shade, ax)
-    _finish_lag(result, ax, f"{n_layers} layers", f"mean |alpha|{_scaled(result.attrs)}\n(no interval drawn)", pad=24)
+    _finish_lag(result, ax, f"{n_layers} layers", f"mean |alpha|{_scaled(result.attrs)}\n(no interval drawn)")
 
 
 def _curve(values: np.ndarray, ax: Any, **look: Any) -> None:
@@ -166,15 +166,15 @@ def _lag_axis(result: xr.Dataset, ax: Any) -> None:
         ax.set_ylim(max(positive.min(), positive.max() * 1e-6) / 2, positive.max() * 1.5)
 
 
-def _finish_lag(result: xr.Dataset, ax: Any, where: str, label: str, pad: int) -> None:
+def _finish_lag(result: xr.Dataset, ax: Any, where: str, label: str) -> None:
     if any(line.get_marker() == "v" and len(line.get_xdata()) for line in ax.get_lines()):
         ax.plot([], [], "v", color="0.3", mfc="white", label="0, or below the axis")
     ax.set_xlabel("lag t - s (tokens, bins of doubling width)")
     ax.set_ylabel(label)
-    ax.spines[["top", "right"]].set_visible(False)
+    style.frame(ax)
     heads = f"all {result.attrs['n_heads']} {result.attrs['head_dim']}s"
-    ax.set_title(f"{result.attrs['model']}, {where}, {heads}", fontsize="medium", loc="left", pad=pad)
     style.legend_outside(ax)
+    style.title(ax, f"{result.attrs['model']}, {where}, {heads}")
 
 
 def _rows(one: xr.Dataset, ax: Any, attrs: dict[str, Any]) -> None:
@@ -197,14 +197,14 @@ def _rows(one: xr.Dataset, ax: Any, attrs: dict[str, Any]) -> None:
     ax.set_yticks(-np.arange(len(names)), names)
     ax.set_xlabel("source token (position)")
     ax.set_ylabel("alpha by query token\n(up: positive, down: negative)")
-    ax.spines[["top", "right"]].set_visible(False)
+    style.frame(ax)
     dim = attrs["head_dim"]
     which = f"{dim} {one[dim].item()}" if one[dim].ndim == 0 else attrs["aggregation"]
     cut = one.sizes["query_token"] - len(names)
     more = f", {cut} more queries not drawn" if cut else ""
     title = f"{attrs['model']}, layer {one['layer'].item()}, {which}{_scaled(attrs)}{more}"
-    ax.set_title(title, fontsize="medium", loc="left", pad=24)
     style.legend_outside(ax)
+    style.title(ax, title)
 
 
 def _width(position: np.ndarray) -> float:
@@ -231,5 +231,5 @@ def _map(result: xr.Dataset, ax: Any, series: str) -> Any:
     ax.set_ylabel("query token t (position)")
     attrs = result.attrs
     where = f"{attrs['model']}, layer {attrs['layer']}, row {attrs['row']}"
-    ax.set_title(f"{where}\n{attrs['aggregation']}: {label}", fontsize="medium", loc="left")
+    style.title(ax, f"{where}\n{attrs['aggregation']}: {label}")
     return ax

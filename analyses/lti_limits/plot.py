@@ -103,4 +103,4 @@ def _scales(counts: np.ndarray, floor: float, ax: Any) -> None:
     ax.set_ylim(floor, 1.2)
     ax.set_xlabel("N: exponentials (conjugates counted), or Haar terms")
     ax.set_ylabel("relative $L_2$ error (deterministic: no interval)")
-    ax.spines[["top", "right"]].set_visible(False)
+    style.frame(ax)

@@ -65,7 +65,7 @@ def _survival(result: xr.Dataset, ax: Any) -> None:
     ax.set_ylim(-0.02, 1.02)
     ax.set_xlabel("tokens since the write")
     ax.set_ylabel("share of writes not yet decayed" + ("" if np.isfinite(low).any() else "\n(one row: no interval)"))
-    ax.spines[["top", "right"]].set_visible(False)
+    style.frame(ax)
 
 
 def _token(result: xr.Dataset, ax: Any) -> None:
@@ -82,7 +82,7 @@ def _token(result: xr.Dataset, ax: Any) -> None:
     style.log_axis(ax)
     ax.set_xlabel("token")
     ax.set_ylabel("memory horizon (tokens)\nover rows, channels, states")
-    ax.spines[["top", "right"]].set_visible(False)
+    style.frame(ax)
 
 
 def _moving(result: xr.Dataset, ax: Any) -> None:
@@ -128,8 +128,8 @@ def _decay(result: xr.Dataset, ax: Any) -> None:
     ax.set_ylim(0, 1.03)
     ax.set_xlabel(r"decay of one step, $e^{A \Delta_t}$")
     ax.set_ylabel("share of steps (rows, channels, states)")
-    ax.legend(loc="upper center", frameon=False, fontsize="small")
-    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(loc="upper center")
+    style.frame(ax)
 
 
 DRAW: MappingProxyType[str, Callable[[xr.Dataset, Any], None]] = MappingProxyType(

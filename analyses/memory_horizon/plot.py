@@ -160,7 +160,7 @@ def _share(result: xr.Dataset, ax: Any) -> None:
     longest = result.attrs["longest_row"]
     ax.set_xlabel(f"tokens, up to what every median is measured to (the longest row holds {longest})")
     ax.set_ylabel("share of channels and states whose\nmedian horizon is longer (no interval)")
-    ax.spines[["top", "right"]].set_visible(False)
+    style.frame(ax)
 
 
 def _measured(result: xr.Dataset, name: str) -> float:

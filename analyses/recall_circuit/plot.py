@@ -47,7 +47,7 @@ def plot(result: xr.Dataset, ax: "Axes | None" = None, *, layer: int | None = No
         raise unknown_name("kind", kind, KINDS)
     if kind == "diagram":
         return diagram(result, ax, layer=layer)
-    panel: Axes = _tall() if ax is None else ax
+    panel: Axes = style.axes(ax, (7.0, 5.4))  # room for a row each
     if layer is not None and layer not in result["layer"].values:
         raise ValueError(f"layer {layer} is not in the result; it holds {result['layer'].values.tolist()}")
     if not bool(result["solved"]):
@@ -62,13 +62,6 @@ def plot(result: xr.Dataset, ax: "Axes | None" = None, *, layer: int | None = No
         _causes(panel, edits, shown)
         rows, names = np.concatenate([rows, edits]), names + [str(name) for name in shown["intervention"].values]
     return _finish(panel, rows, names, shown)
-
-
-def _tall() -> "Axes":
-    """New axes with room for a row each."""
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(figsize=(7.0, 5.4), layout="constrained")[1]
 
 
 def _name(signature: object, label: object) -> str:
@@ -108,7 +101,8 @@ def _finish(ax: "Axes", rows: Float[np.ndarray, " row"], names: list[str], shown
     ax.set_xlim(min(left, 0.0) - 0.05, max(right, 1.05))
     model = f" of {shown.attrs['model']}" if shown.attrs.get("model") else ""
     ax.set_xlabel(f"value in layer {int(shown['layer'])}{model}, write offset {int(shown['offset'])}")
-    ax.spines[["top", "right", "left"]].set_visible(False)
+    style.frame(ax)
+    ax.spines["left"].set_visible(False)
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="x", color="0.9", linewidth=0.6)
     ax.set_axisbelow(True)

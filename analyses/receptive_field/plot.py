@@ -53,7 +53,7 @@ def plot(result: xr.Dataset, ax: Any = None, *, kind: str = "distance", layer: i
     ax = style.axes(ax)
     chosen = result if layer is None else result.sel(layer=[layer])
     {"distance": _distance, "profile": _profile, "remembrance": _remembrance, "tokens": _tokens}[kind](chosen, ax)
-    ax.spines[["top", "right"]].set_visible(False)
+    style.frame(ax)
     style.legend_outside(ax)
     return ax
 

@@ -55,7 +55,7 @@ def _class_axis(result: xr.Dataset, ax: Any) -> None:
     names = result["class"].values.tolist()
     ax.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
     ax.set_xlim(-0.6, len(names) - 0.4)
-    ax.spines[["top", "right"]].set_visible(False)
+    style.frame(ax)
 
 
 def _ratios(result: xr.Dataset, ax: Any) -> Any:
@@ -76,7 +76,7 @@ def _ratios(result: xr.Dataset, ax: Any) -> Any:
     style.legend_outside(ax)
     where = f"layer {result['layer'].item()}" if n_layers == 1 else f"{n_layers} layers, side by side"
     ax.set_ylabel(r"mean $\Delta$ at the class / rest" + f"\n{where}")
-    ax.set_title(f"{result.attrs['model']}: step sizes by class of tokens", loc="left", pad=44, fontsize="medium")
+    style.title(ax, f"{result.attrs['model']}: step sizes by class of tokens")
     return ax
 
 
@@ -107,6 +107,5 @@ def _effects(result: xr.Dataset, ax: Any) -> Any:
     style.legend_outside(ax)
     drawn = "bars 95 % interval over rows" if int(result.attrs["n_rows"]) > 1 else "one row: no interval"
     ax.set_ylabel(f"change of the loss, nats\n{drawn}")
-    title = f"{result.attrs['model']}: what the steps do (loss {result['intact_loss'].item():.2g} nats)"
-    ax.set_title(title, loc="left", pad=44, fontsize="medium")
+    style.title(ax, f"{result.attrs['model']}: what the steps do (loss {result['intact_loss'].item():.2g} nats)")
     return ax

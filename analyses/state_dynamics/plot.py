@@ -52,7 +52,7 @@ def plot(result: xr.Dataset, ax: Any = None, *, kind: str = "decay") -> Any:
         raise ValueError(f"this result has no states ({result.attrs['states']}): name x or h in variables=")
     ax = style.axes(ax)
     _DRAW[kind](result, ax)
-    ax.spines[["top", "right"]].set_visible(False)
+    style.frame(ax)
     style.legend_outside(ax)
     return ax
 

@@ -59,16 +59,9 @@ def plot(result: xr.Dataset, ax: Any = None, *, kind: str = "cosine", layer: Any
 
 def _head(result: xr.Dataset, ax: Any) -> None:
     """Title, and beneath it the legend, above the data."""
-    legend = ax.legend(
-        loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, frameon=False, fontsize="small", borderaxespad=0.2,
-        handlelength=1.8, columnspacing=1.0,
-    )  # fmt: skip
-    texts = legend.get_texts()
-    rows = -(-len(texts) // 2)
-    layer = result.layer.item() if result.sizes["layer"] == 1 else None
-    pad = 6 + 1.55 * rows * texts[0].get_fontsize()
-    ax.set_title(title(result.attrs, layer), loc="left", fontsize="small", pad=pad)
-    ax.spines[["top", "right"]].set_visible(False)
+    style.legend_outside(ax, handlelength=1.8, columnspacing=1.0)
+    style.title(ax, title(result.attrs, result.layer.item() if result.sizes["layer"] == 1 else None))
+    style.frame(ax)
 
 
 def _of_layer(result: xr.Dataset, layer: Any) -> xr.Dataset:

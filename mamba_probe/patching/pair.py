@@ -29,10 +29,10 @@ QUANTITIES = {name: f"mixer.{hook}" for name, hook in HOOKS.items()} | {
 }
 """What can be patched, and its hook point. An entry is all of it at one layer, row and token.
 
-delta: the step, with all that follows from it: that token's decay exp(delta A) and its write delta B x.
-A_bar: that token's decay alone. B, x: its write (x: the skip D x, too). C, z: what is read there, and its gate.
-y: what is read there, before the gate. h: the state after that token, read there and carried on.
-resid_pre, resid_post: the residual stream before and after the block; mixer_in, mixer_out: of the mixer alone.
+- delta: the step, with all that follows from it: that token's decay exp(delta A) and its write delta B x.
+- A_bar: that token's decay alone. B, x: its write (x: the skip D x, too). C, z: what is read there, and its gate.
+- y: what is read there, before the gate. h: the state after that token, read there and carried on.
+- resid_pre, resid_post: the residual stream before and after the block; mixer_in, mixer_out: of the mixer alone.
 """
 
 DEFAULT = ("delta", "A_bar", "B", "C", "x")

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from mamba_probe.analyses.common import style
 from mamba_probe.trace.contract import unknown_name
 from mamba_probe.visible import literal
 
@@ -15,6 +16,7 @@ TICKS = 48
 """Tokens whose labels stand side by side; of more, every second, third, ..."""
 
 
+@style.names_as_they_are
 def plot(
     result: xr.Dataset, quantity: str | None = None, row: int | None = None, ax: Any = None, *,
     token_text: Sequence[str] | None = None,
@@ -54,7 +56,7 @@ def plot(
         each.set_ylabel(f"{name}\nlayer".strip() if not one_layer else "")
     axes[-1].set_xticks(*_ticks(texts), rotation=90 if max(map(len, texts)) > 2 else 0)
     axes[-1].set_xlabel("token")
-    axes[0].set_title(_title(result, shown, rows, row), loc="left", fontsize="medium")
+    style.title(axes[0], _title(result, shown, rows, row))
     bar = axes[0].figure.colorbar(image, ax=list(axes), pad=0.01)
     bar.set_label("share of (source - base)")
     return axes[0] if len(axes) == 1 else np.array(axes)
@@ -86,7 +88,7 @@ def _texts(result: xr.Dataset, row: int | None, given: Sequence[str] | None) -> 
         return [literal(f"{text}") for text in given]
     single = 0 if result.sizes["batch"] == 1 else row
     if "token_text" in result.coords and single is not None:
-        return [literal(str(text)) for text in result["token_text"].isel(batch=single).values]
+        return [str(text) for text in result["token_text"].isel(batch=single).values]
     return [str(token) for token in result["token"].values]
 
 
@@ -99,7 +101,8 @@ def _axes(ax: Any, panels: Sequence[Any], n_tokens: int) -> list[Any]:
 
     lines = sum(len(labels) for _, _, labels in panels)
     size = (min(14.0, 3.0 + 0.2 * n_tokens), min(18.0, 1.4 + 0.3 * len(panels) + (0.3 if lines < 12 else 0.12) * lines))
-    return list(plt.subplots(len(panels), figsize=size, sharex=True, squeeze=False, layout="constrained")[1][:, 0])
+    made = plt.subplots(len(panels), figsize=style.size(*size), sharex=True, squeeze=False, layout="constrained")
+    return list(made[1][:, 0])
 
 
 def _panel(ax: Any, values: np.ndarray, labels: Sequence[Any], largest: float) -> Any:
@@ -125,4 +128,4 @@ def _title(result: xr.Dataset, shown: xr.DataArray, rows: int, row: int | None) 
     mean = f"mean over {rows} row{'s' * (rows != 1)}" if rows else "no row in which base and source differ"
     which = mean if row is None else f"row {row}"
     layer = f", layer {shown['layer'].item()}" if shown.sizes["layer"] == 1 else ""
-    return f"{literal(result.attrs['metric'])} recovered ({how}), {which}{layer}"
+    return f"{result.attrs['metric']} recovered ({how}), {which}{layer}"

@@ -37,10 +37,15 @@ def draw(result: xr.Dataset, figure: Any = None) -> Any:
         raise ValueError(
             f'nothing to draw: reduce mean("delta") or horizon(); the result holds {sorted(map(str, result.data_vars))}'
         )
+    with style.where_nothing_is_chosen():
+        return _drawn(result, shown, figure)
+
+
+def _drawn(result: xr.Dataset, shown: list[str], figure: Any) -> Any:
     if figure is None:
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(6.4 * len(shown), 4.4), layout="constrained")
+        figure = Figure(figsize=style.size(6.4 * len(shown), 4.4), layout="constrained")
     for ax, name in zip(np.atleast_1d(figure.subplots(1, len(shown))), shown, strict=True):
         _panel(result, name, ax)
     said = "bars 95 % interval" if int(result.attrs["n_batch"]) > 1 else "one row: no interval"

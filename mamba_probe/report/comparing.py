@@ -9,8 +9,9 @@ import numpy as np
 import xarray as xr
 
 from mamba_probe.analyses import comparison
+from mamba_probe.analyses.common import style
 from mamba_probe.analyses.common.analysis import number, span
-from mamba_probe.report.figures import RC, saved
+from mamba_probe.report.figures import saved
 from mamba_probe.run import Run
 
 __all__ = ["caution", "differences", "draw_comparison", "labelled"]
@@ -80,7 +81,6 @@ def _at(result: xr.Dataset, dim: str, i: int) -> Any:
 
 def draw_comparison(result: xr.Dataset, directory: str | PathLike[str], name: str) -> list[Path]:
     """A picture of each variable that has few enough entries, as NAME-VARIABLE.png and .svg."""
-    import matplotlib
     from matplotlib.figure import Figure
 
     paths, directory = [], Path(directory)
@@ -90,7 +90,7 @@ def draw_comparison(result: xr.Dataset, directory: str | PathLike[str], name: st
         entries = result[variable].size // (result.sizes["trace"] if trajectory else 1)
         if entries > comparison.MOST:
             continue
-        with matplotlib.rc_context(RC):
+        with style.house():
             figure = Figure(figsize=(8.5, 4.6), layout="constrained")
             kind = "trajectory" if trajectory else "difference"
             comparison.plot(result, figure.subplots(), kind=kind, variable=variable)

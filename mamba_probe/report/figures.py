@@ -4,11 +4,12 @@ import io
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
 
+from mamba_probe.analyses.common import style
 from mamba_probe.analyses.common.analysis import Panel, analyses
 from mamba_probe.run import BESIDE
 from mamba_probe.writing import write_whole
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["draw", "saved"]
 
 
-RC: dict[Any, Any] = {"svg.hashsalt": "mamba_probe", "svg.fonttype": "none", "font.size": 10}
-
-
 def draw(
     name: str, result: xr.Dataset, directory: str | PathLike[str], *, beside: xr.Dataset | None = None
 ) -> list[Path]:
@@ -30,7 +28,6 @@ def draw(
 
     A reference's result is drawn on its right, or apart in DIRECTORY/beside where the analysis says so.
     """
-    import matplotlib
     from matplotlib.figure import Figure
 
     directory, analysis = Path(directory), analyses()[name]
@@ -39,7 +36,7 @@ def draw(
     directory.mkdir(parents=True, exist_ok=True)
     shown = [result] if beside is None else [result, beside]
     panels = analysis.panels(shown)
-    with matplotlib.rc_context(RC):
+    with style.house():
         figure = Figure(figsize=(8.5 if beside is None else 13.6, 4.6 * len(panels)), layout="constrained")
         for row, panel in zip(_axes(figure, panels, len(shown)), panels, strict=True):
             for ax, one in zip(row, shown, strict=True):

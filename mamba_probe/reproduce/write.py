@@ -2,15 +2,14 @@
 
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
+from mamba_probe.analyses.common import style
 from mamba_probe.reproduce.claim import PAPER, Claim, Result
 from mamba_probe.reproduce.table import readable, sentence, write_csv
 
 __all__ = ["check_free", "clear", "files_of", "write"]
 
 SUFFIXES = ("csv", "md", "png", "svg")
-RC: Any = {"svg.hashsalt": "mamba_probe", "svg.fonttype": "none", "font.size": 10}
 
 
 def files_of(name: str) -> list[str]:
@@ -61,10 +60,9 @@ def write(claim: Claim, result: Result, directory: str | PathLike[str]) -> list[
 
 
 def _draw(claim: Claim, result: Result, png: Path, svg: Path) -> None:
-    import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(RC):
+    with style.house():
         figure = Figure(figsize=(8.5, 4.6), layout="constrained")
         claim.draw(result, figure)
         figure.savefig(png, dpi=140)

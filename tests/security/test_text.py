@@ -14,12 +14,11 @@ from typer.testing import CliRunner
 import mamba_probe as mp
 from mamba_probe import patching, tasks
 from mamba_probe.analyses.common.analysis import analyses
-from mamba_probe.analyses.common.style import names_as_they_are
+from mamba_probe.analyses.common.style import house, names_as_they_are
 from mamba_probe.cli import app
 from mamba_probe.cli_steps import Terminal, headed
 from mamba_probe.pages import POLICY, write_page
 from mamba_probe.report import analyse, draw, write_report
-from mamba_probe.report.figures import RC
 from mamba_probe.run import record_given
 from mamba_probe.visible import literal, visible
 
@@ -43,7 +42,7 @@ def run(tmp_path_factory):
 def drawn_texts(figure):
     """What an SVG reader sees, by a parser of its own."""
     data = io.BytesIO()
-    with plt.rc_context(RC):
+    with house():
         figure.savefig(data, format="svg")
     tree = ET.fromstring(data.getvalue())
     names = {element.tag.rpartition("}")[2] for element in tree.iter()}

@@ -146,7 +146,7 @@ def test_keep_bound_is_the_hankel_bound_of_the_best_range(n_tokens: int, lag: in
 
 @pytest.mark.parametrize(("n_tokens", "counts", "measured", "bound"), [
     (64, (4, 16, 64), (0.968, 0.853, 0.0), (0.935, 0.707, 0.0)),
-    (256, (4, 16, 64, 256), (0.992, 0.968, 0.853, 0.0), (0.984, 0.935, 0.707, 0.0)),
+    pytest.param(256, (4, 16, 64, 256), (0.992, 0.968, 0.853, 0.0), (0.984, 0.935, 0.707, 0.0), marks=pytest.mark.long),
 ])  # fmt: skip
 def test_keeping_one_token_needs_as_many_states_as_tokens(
     n_tokens: int, counts: tuple[int, ...], measured: tuple[float, ...], bound: tuple[float, ...]
@@ -193,7 +193,8 @@ def test_fits_of_the_step_reach_the_printed_rates(name: str) -> None:
     assert np.all(found >= core.hankel_lower_bound(step(512), modes))
 
 
-@pytest.mark.parametrize("n_lags", [256, pytest.param(1024, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("n_lags", [256, 1024])
 def test_optimised_modes_of_the_step_lie_between_the_bound_and_the_printed_row(n_lags: int) -> None:
     counts = STATES if n_lags == 1024 else STATES[:4]
     found = [fits.fit_optimised(step(n_lags), count).error for count in counts]

@@ -132,6 +132,7 @@ NOTED = {
 ROUNDED = 5e-4
 
 
+@pytest.mark.long
 def test_the_dose_response_is_the_one_noted():
     """Each noted draw lies within three standard deviations over eight draws, at every dose and signature."""
     for row, sigma in enumerate(DOSES):

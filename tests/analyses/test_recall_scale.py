@@ -75,6 +75,7 @@ def peak(n_tokens):
     return found
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_tokens(monkeypatch):
     monkeypatch.setattr(stream, "RUN_BYTES", 2 * CHUNK * 8 * CHANNELS)
     peak(512)  # imports and caches

@@ -250,6 +250,7 @@ def test_classes_of_a_task_of_ids_and_of_text(model):
     assert by_text["n_tokens"].values.tolist() == [(text != "").sum(), 5, (text == ".").sum()]
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_rows(model):
     def peak(n, probe):
         rows = mp.corpus(([i % 50 + 1 for i in range(j, j + 8)] for j in range(n)), layout="padded")

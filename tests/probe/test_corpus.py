@@ -314,20 +314,3 @@ def test_memory_does_not_grow_with_the_corpus(monkeypatch):
     (small, few), (large, many) = peak(400), peak(4000)
     assert many > 9 * few
     assert large < small + 80_000, (small, large)  # a bar keeps 1000 times; 32 bytes a document would be seen
-
-
-def test_the_example_of_the_page(tmp_path, monkeypatch, capsys):
-    import re
-    from pathlib import Path
-
-    page = Path(__file__).parents[2] / "docs" / "corpora.md"
-    monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
-    names = {}
-    exec(compile(block, page.name, "exec"), names)
-    said = capsys.readouterr().out
-    assert "3 document(s), packed into 3 row(s) of 16 tokens, separator 0; 7 token(s) of the tail" in said
-    assert names["padded"][:].mask.sum(axis=1).tolist() == [6, 12]
-    assert names["result"]["class"].values.tolist() == ["all", "first token", "newline", "punctuation"]
-    assert names["result"]["n_tokens"].values.tolist()[0] == 48
-    assert (tmp_path / "reduction.png").stat().st_size > 5_000

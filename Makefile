@@ -6,9 +6,10 @@ INSTALLED := .venv/.installed
 OLDEST := .venv/oldest
 PEERS := .venv/peers
 
-.PHONY: help demo test test-long test-oldest test-peers browser lint bench clean
+.PHONY: help demo docs test test-long test-oldest test-peers browser lint bench clean
 help:
 	@echo "make demo       record, analyse and draw a trained checkpoint beside its closed form; see report/report.html"
+	@echo "make docs       the site, its gallery drawn anew; then open docs/_build/html/index.html"
 	@echo "make test       the test suite"
 	@echo "make test-long  the full grids, those of mixers and formats on the oldest transformers, test-peers, a browser"
 	@echo "make test-peers beside nnsight and TransformerLens (240 MB more)"
@@ -33,6 +34,10 @@ $(PEERS)/.installed: constraints-peers.txt $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/mamba-probe report zoo:trained-mqar-mamba1 --task mqar -o report --overwrite
+
+docs: $(INSTALLED)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet -c docs . docs/_build/html
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2
@@ -61,4 +66,4 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/scan.py
 
 clean:
-	rm -rf .venv report build dist *.egg-info
+	rm -rf .venv report build dist *.egg-info docs/_build docs/gallery

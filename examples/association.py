@@ -1,4 +1,13 @@
-"""Which token holds a key's pair, and did the convolution bring it there? Draws association.png."""
+"""
+Where a key meets its value
+===========================
+
+Which token holds a key's pair, and did the convolution bring the key there?
+
+The keys of a prompt are exchanged, and the clean run's value is put back at one place and one token at a time: a
+cell is the share of the answer that comes back. Before the convolution it is spread over key and value; after it,
+one token has it all. On the right the same with intervals, beside another row's value and an untrained twin.
+"""
 
 import matplotlib.pyplot as plt
 
@@ -19,4 +28,4 @@ figure, panels = plt.subplots(2, 2, figsize=(13, 6.4), layout="constrained", wid
 for row, name in zip(panels, ("mqar-mamba1", "trained-mqar-mamba1"), strict=True):
     association.plot(results[name], row[0])
     association.plot(results[name], row[1], kind="bars")
-figure.savefig("association.png", dpi=160)
+figure.savefig("association.png", dpi=110)

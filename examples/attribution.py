@@ -1,97 +1,31 @@
-"""Which tokens is a recalled answer made of, and does it go with them? Draws attribution.png; --zoo prints tables."""
+"""
+The tokens behind an answer
+===========================
 
-import sys
-from dataclasses import replace
+Which tokens is a recalled answer made of, and does the answer go when they do?
+
+Above, one row up to its query: orange speaks for the answer, purple against it; k and v are keys and values, green
+the pair that is asked for. In the middle, the share of each kind of token, beside gradient x input and chance.
+Below, tokens are taken away, the most relevant first: a good ranking makes the answer fall early.
+"""
 
 import matplotlib.pyplot as plt
-import numpy as np
-import torch
 
 import mamba_probe as mp
-from mamba_probe import blocks
 from mamba_probe.analyses import attribution
-from mamba_probe.reproduce.trained import checkpoints, fresh_task
-from mamba_probe.run import randomised_twin
 
-ROWS, MOST = 16, 256
-"""Rows of each model's own task; models of longer rows take a quarter of them."""
-
-
-def explained(model, task, twin=None):
-    """Relevance by both rules, curves of tokens taken away, and the untrained twin's relevance, measured."""
-    with mp.attach(model) as probe:
-        found = probe.relevance(task, batch_size=4)
-        gradient = probe.relevance(task, rules="gradient", batch_size=4)
-        taken = probe.perturbed(found, gradient, batch_size=4)
-    baseline = None
-    if twin is not None:
-        with mp.attach(twin) as probe:
-            baseline = probe.relevance(task, batch_size=4)
-    return attribution.measure(found, gradient=gradient, perturbation=taken, baseline=baseline)
-
-
-def subjects():
-    """Every model of the zoo with fresh rows of its own task."""
-    yield "mqar-mamba1", mp.tasks.mqar(batch=ROWS, length=64, n_pairs=8, vocab=256, seed=1)
-    for found in checkpoints():
-        task = fresh_task(found, ROWS, 1)
-        rows = ROWS if task.input_ids.shape[1] <= MOST else ROWS // 4
-        parts = {name: getattr(task, name)[:rows] for name in ("input_ids", "role", "target", "source_token")}
-        yield found.name, replace(task, **parts)
-
-
-def shares(one, prefix):
-    """Of the positive relevance, as text."""
-    mean = one[f"mean_{prefix}class_share"].reindex(token_class=["asked value", "asked key", "own"]).values
-    return ["-" if np.isnan(value) else f"{value:.2f}" for value in mean]
-
-
-def table():
-    """A line for each model of the zoo."""
-    print("| zoo | answers right | asked value | asked key | own | gradient: value, key, own | twin: pair | "
-          "taken away: MambaLRP, gradient, random | biases |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|")
-    for name, task in subjects():
-        model = mp.load(f"zoo:{name}")
-        one = explained(model, task, randomised_twin(model))
-        pair = f"{one['mean_baseline_pair_share'].item():.2f}" if "mean_pair_share" in one else "-"
-        area = ", ".join(f"{value:.3f}" for value in one["area"].values)
-        cells = [f"{float(one['top'].mean()):.2f}", *shares(one, ""), ", ".join(shares(one, "gradient_")), pair, area,
-                 f"{float(one['bias_share'].mean()):.2f}"]  # fmt: skip
-        print(f"| {name} | {' | '.join(cells)} |")
-
-
-def chance():
-    """Shares of untrained models of two layers, twenty of a kind: the pair that is asked for, and the query itself."""
-    task = mp.tasks.mqar(batch=4, length=32, n_pairs=4, vocab=32, seed=0)
-    for kind, sizes in {
-        "mamba1": {"d_state": 4},
-        "mamba2": {"d_state": 4, "n_heads": 4},
-        "s4d": {"d_state": 4},
-    }.items():
-        found = []
-        for seed in range(20):
-            torch.manual_seed(seed)
-            model = blocks.build({"mixers": [{"kind": kind, "d_model": 16, **sizes}] * 2, "vocab_size": 32}).eval()
-            with mp.attach(model) as probe:
-                one = attribution.measure(probe.relevance(task), n_bootstrap=2)
-            found.append((one["mean_pair_share"].item(), one["mean_class_share"].sel(token_class="own").item()))
-        pair, own = np.mean(found, axis=0)
-        print(f"untrained {kind}: {pair:.4f} on the pair (chance 0.11), {own:.2f} on the query itself")
-
-
-task = mp.tasks.mqar(batch=ROWS, length=32, n_pairs=5, vocab=256, seed=3)
-result = explained(mp.load("zoo:trained-mqar-mamba1"), task)
+task = mp.tasks.mqar(batch=16, length=32, n_pairs=5, vocab=256, seed=3)
+with mp.attach(mp.load("zoo:trained-mqar-mamba1")) as probe:
+    found = probe.relevance(task, batch_size=4)
+    gradient = probe.relevance(task, rules="gradient", batch_size=4)
+    taken = probe.perturbed(found, gradient, batch_size=4)
+result = attribution.measure(found, gradient=gradient, perturbation=taken)
+for kind in result["token_class"].values:
+    one = result.sel(token_class=kind)
+    names = ("mean_class_share", "mean_gradient_class_share", "chance")
+    values = ", ".join(f"{one[name].item():.2f}" for name in names)
+    print(f"share of the positive relevance on {kind} (MambaLRP, gradient x input, chance): {values}")
 figure, panels = plt.subplots(3, 1, figsize=(8.4, 9.2), layout="constrained", height_ratios=[1, 2, 2])
 for ax, kind in zip(panels, ("tokens", "classes", "curve"), strict=True):
     attribution.plot(result, ax, kind=kind)
 figure.savefig("attribution.png", dpi=130)
-for kind in result["token_class"].values:
-    one = result.sel(token_class=kind)
-    values = ", ".join(
-        f"{one[name].item():.2f}" for name in ("mean_class_share", "mean_gradient_class_share", "chance")
-    )
-    print(f"share of the positive relevance on {kind} (MambaLRP, gradient x input, chance): {values}")
-if "--zoo" in sys.argv:
-    table()
-    chance()

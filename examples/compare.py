@@ -1,4 +1,13 @@
-"""When in its training does a mixer become selective, and how do trained models differ? Draws compare.png."""
+"""
+Models side by side, and over training
+======================================
+
+When in its training does a mixer become selective, and how do trained models differ?
+
+Left: the selectivity gain of a Mamba-1 at six points of a short training, on the same rows. Right: the entropy of
+what each recall model reads, less that of the first. Bars are paired 95 % intervals; a filled mark differs from the
+reference (Holm p below 0.05).
+"""
 
 from tempfile import TemporaryDirectory
 
@@ -9,9 +18,6 @@ from mamba_probe.analyses import hidden_attention, memory_horizon
 from mamba_probe.analyses.comparison import plot
 from mamba_probe.training import Config, initial, train
 
-ROWS = 12
-ENDS = ("_difference", "_difference_low", "_difference_high", "_p_holm")
-
 
 def record(model, task):
     with mp.attach(model) as probe:
@@ -19,17 +25,19 @@ def record(model, task):
 
 
 def say(result, name):
+    ends = ("_difference", "_difference_low", "_difference_high", "_p_holm")
     for other in result["other"].values.tolist():
-        for layer in result["layer"].values.tolist():
-            numbers = [result[f"{name}{end}"].sel(other=other, layer=layer).item() for end in ENDS]
-            where = f"{other} against {result.attrs['reference']}, layer {layer}"
-            print(where, "{:+.3f} [{:+.3f}, {:+.3f}], Holm p {:.2g}".format(*numbers))
+        numbers = [result[f"{name}{end}"].sel(other=other, layer=0).item() for end in ends]
+        print(
+            f"{other} against {result.attrs['reference']}: {{:+.3f}} [{{:+.3f}}, {{:+.3f}}], Holm p {{:.2g}}".format(
+                *numbers
+            )
+        )
 
 
-task = {"name": "mqar", "length": 16, "n_pairs": 2, "vocab": 16}
-mixer = {"kind": "mamba1", "d_model": 16, "d_state": 8}
+task, mixer = {"name": "mqar", "length": 16, "n_pairs": 2, "vocab": 16}, {"kind": "mamba1", "d_model": 16, "d_state": 8}
 config = Config(task, mixer, layers=1, steps=500, batch=32, learning_rate=2e-2, every=100)
-rows = mp.tasks.mqar(batch=ROWS, length=128, n_pairs=2, vocab=16, seed=3)
+rows = mp.tasks.mqar(batch=12, length=128, n_pairs=2, vocab=16, seed=3)
 revisions = {0: record(initial(config), rows)}
 with TemporaryDirectory() as folder:
     for step in range(config.every, config.steps + 1, config.every):
@@ -39,19 +47,13 @@ with TemporaryDirectory() as folder:
 selective = mp.compare(memory_horizon, revisions, variable="layer_selectivity_gain")
 say(selective, "layer_selectivity_gain")
 
-REMEMBERS = "layer_forward_restricted_mean"
-rows = mp.tasks.mqar(batch=ROWS, length=64, n_pairs=8, vocab=256, seed=1)
+rows = mp.tasks.mqar(batch=12, length=64, n_pairs=8, vocab=256, seed=1)
 names = ("mamba1", "mamba2", "s4d", "no-conv")
 models = {name: record(mp.load(f"zoo:trained-mqar-{name}"), rows) for name in names}
-say(mp.compare(memory_horizon, models, variable=REMEMBERS), REMEMBERS)
 recall = mp.compare(hidden_attention, models, variable="layer_entropy")
 say(recall, "layer_entropy")
 
-rows = mp.tasks.keep_nth(batch=ROWS, length=64, n=5, n_tokens=16, seed=1)
-keepers = {length: record(mp.load(f"zoo:trained-keep-mamba1-{length}"), rows) for length in (64, 256, 1024)}
-say(mp.compare(memory_horizon, keepers, variable=REMEMBERS), REMEMBERS)
-
-figure, panels = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
 plot(selective, panels[0], kind="trajectory").set_xlabel("training step")
 plot(recall, panels[1])
-figure.savefig("compare.png", dpi=160)
+figure.savefig("compare.png", dpi=140)

@@ -1,4 +1,13 @@
-"""Are the kernels of the Haar construction wavelets, and what are they once it is time-invariant? Draws haar.png."""
+r"""
+A selective layer whose kernels are wavelets
+============================================
+
+Are the kernels of the Haar construction wavelets, and what are they once the layer is time-invariant?
+
+Above on the left each kernel (blue) lies on its best wavelet (orange), with their \|cos\|; beside it, how few
+coefficients hold the energy. Below: at which scales it lies, and how well the best single wavelet fits. Frozen to
+its means (dashed), the layer keeps the scaling function alone, a constant, which is no wavelet.
+"""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,10 +33,8 @@ print("|cos| of each read-out kernel with its best wavelet:", np.round(one["best
 print("once delta, B and C are frozen to their means:      ", np.round(one["null_best_cosine"].values, 4))
 print("(the first kernel is the scaling function, a constant, which is no wavelet; nan: the frozen kernels cancel)")
 print("states a time-invariant layer needs at least, 10 % error:", one["lti_order"].values.astype(int))
-print("discontinuity index, median:", result["layer_discontinuity_index"].item())
 
-plt.rcParams["font.size"] = 8
-figure, axes = plt.subplots(2, 2, figsize=(7.0, 6.0), layout="constrained")
+figure, axes = plt.subplots(2, 2, figsize=(9, 7.6), layout="constrained")
 for ax, kind in zip(axes.flat, ("kernels", "compaction", "levels", "cosine"), strict=True):
     wavelet_alignment.plot(result, ax, kind=kind)
-figure.savefig("haar.png", dpi=160)
+figure.savefig("haar.png", dpi=140)

@@ -1,6 +1,14 @@
-"""Through which quantity, at which token, does another value reach a recall model's answer? Draws patching.png."""
+"""
+Where the answer passes
+=======================
 
-import matplotlib.pyplot as plt
+Through which quantity of the recurrence, and at which token, does another value reach a recall model's answer?
+
+Two prompts differ in one value. Each cell patches one quantity at one token of the second run into the first: 1
+(red) is the whole change of the answer, 0 (white) none. The value enters at its own token through x; the state h
+carries it from there to the query, where y reads it.
+"""
+
 import torch
 
 import mamba_probe as mp
@@ -29,5 +37,4 @@ print(quick[["error_rms", "pearson", "sign_agreement"]].to_dataframe().round(3))
 roles = {stored - 1: "key", stored: "value", query: "query"}
 texts = [f"{roles.get(token, '')} {int(base[0, token])}".strip() for token in range(query + 2)]
 ax = mp.patching.plot(exact, token_text=texts)
-ax.figure.savefig("patching.png", dpi=160)
-plt.close(ax.figure)
+ax.figure.savefig("patching.png", dpi=140)

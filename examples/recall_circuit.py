@@ -1,4 +1,13 @@
-"""Which parts of the closed-form MQAR model store, match and read? Draws recall_circuit.png and its diagram."""
+"""
+The circuit of associative recall
+=================================
+
+Which parts of the closed-form model of recall store a pair, match it with a query and read it?
+
+Each line of the first picture is a signature: the dot is measured, the grey bar is chance, the diamond the
+construction; below the line, what an edit of the model takes of the accuracy. The diagram says the same by parts: a
+coloured box is nearer to the construction than to chance, and names the channels and states that carry it.
+"""
 
 import matplotlib.pyplot as plt
 

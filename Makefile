@@ -43,6 +43,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2
 
 test-long: $(INSTALLED) test-oldest test-peers
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[notebook]"
 	$(BIN)/python -m pytest -n 2 -m "not gpu" -o timeout=3600
 
 test-oldest: $(OLDEST)/.installed

@@ -225,7 +225,7 @@ class Probe(Experiments):
             shard: (number, of how many): record only every so-manieth block, beside other processes that write the
                 same store; see `mp.shard`.
             force: try what is not expected to fit.
-            progress: a bar on stderr.
+            progress: a bar, on a terminal (stderr) or in a notebook.
             reduce, by: the reductions and classes of `probe.reduce`, whose result is returned; no trace is kept.
 
         Returns:

@@ -1,18 +1,40 @@
-"""The one progress bar of long work: on stderr, with what is done now and the time that is left."""
+"""The one progress bar of long work: a widget in a notebook, a line of stderr on a terminal, nothing elsewhere.
+
+tqdm draws it, and not rich: in a notebook rich redraws an output from a thread of its own and leaves nothing in a saved
+notebook, where tqdm has a widget, and a line of text where widgets are missing.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-__all__ = ["bar"]
+from mamba_probe.visible import visible
+
+__all__ = ["bar", "drawn"]
 
 
 @contextmanager
 def bar(doing: str, total: int | None, shown: bool) -> Iterator[Callable[[str], None]]:
-    """Yields what is told of each step's begin, by a name for it, and, with nothing, of its end."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    """Yields what is told of each step's begin, by a name for it, and, with nothing, of its end.
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as shown_bar:
-        task = shown_bar.add_task(doing, total=total)
-        yield lambda what: shown_bar.update(task, description=what) if what else shown_bar.advance(task)
+    >>> with bar("recording", 2, shown=False) as step:
+    ...     step("rows 0 to 7")
+    ...     step("")
+    """
+    with drawn(doing, total, shown) as line:
+
+        def step(what: str) -> None:
+            if what:
+                line.set_description(visible(what))
+            else:
+                line.update()
+
+        yield step
+
+
+def drawn(doing: str, total: int | None, shown: bool = True) -> Any:
+    """A bar of tqdm; its `disable` says that there is neither a terminal nor a notebook to draw it, or that it is not
+    to be `shown`."""
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc=visible(doing), disable=None if shown else True)

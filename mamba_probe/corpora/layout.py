@@ -311,7 +311,7 @@ def corpus(
         field: which field of a JSONL line or of a mapping is the document.
         sample_by: what one document of a text file is: all of it ("document") or a "line" that is not blank.
         glob: which files of a folder; None is all, and then each must be text or JSONL by its name.
-        progress: a bar on stderr.
+        progress: a bar, on a terminal (stderr) or in a notebook.
 
     Raises:
         FileNotFoundError: no such file or folder.

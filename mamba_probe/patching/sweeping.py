@@ -53,7 +53,7 @@ def sweep(
             scan at each of these tokens.
         store: `*.zarr`: each (quantity, layer) is written when it is done. A sweep with the same arguments goes on
             there.
-        progress: a bar on stderr.
+        progress: a bar, on a terminal (stderr) or in a notebook.
 
     Returns:
         patched and recovered (quantity, layer, token, batch), NaN at padding; base and source (batch); measured

@@ -72,7 +72,7 @@ def reduce(
             stand beside as `baseline_*`.
         checkpoint: `*.npz` to keep the sums in, written whole after each model call; where it is of the same call, it
             is gone on with, to the same bits. Only of reductions of `mp.reduce`.
-        progress: a bar on stderr.
+        progress: a bar, on a terminal (stderr) or in a notebook.
 
     Returns:
         One Dataset of all results over `class`, with `n_tokens` and `n_rows`. Intervals (95 %, percentile bootstrap)

@@ -88,7 +88,7 @@ def verify(path: str | PathLike[str], *, progress: bool = False) -> Verified:
 
     Args:
         path: of a `.zarr` or `.nc` that `save` or a recording wrote.
-        progress: a bar on stderr.
+        progress: a bar, on a terminal (stderr) or in a notebook.
 
     Raises:
         FileNotFoundError: nothing is there.

@@ -1,25 +1,25 @@
-"""How a training is going, on stderr: a bar on a terminal, else a line an evaluation."""
+"""How a training is going: a bar on a terminal and in a notebook, else a line an evaluation on stderr."""
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
+from mamba_probe.progress import drawn
 from mamba_probe.training.checkpoint import Point
 from mamba_probe.training.config import Config
 from mamba_probe.training.trainer import Say
+from mamba_probe.visible import visible
 
 __all__ = ["progress"]
 
 
 @contextmanager
-def progress(name: str = "training", console: Console | None = None) -> Iterator[Say]:
+def progress(name: str = "training") -> Iterator[Say]:
     """Yield what `train` and `sweep` tell of each evaluation; one bar a learning rate.
 
     Arguments:
         name: what is trained.
-        console: where to write; stderr if None.
 
     Example:
         >>> from mamba_probe.training import Config, train
@@ -29,20 +29,20 @@ def progress(name: str = "training", console: Console | None = None) -> Iterator
         ...     train(config, say=say).last.step
         2
     """
-    console = Console(stderr=True) if console is None else console
-    if not console.is_terminal:
-        yield lambda config, point: console.print(_line(name, config, point), markup=False, soft_wrap=True)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        bars: dict[float, TaskID] = {}
+    with ExitStack() as opened:
+        bars: dict[float, Any] = {}
 
         def say(config: Config, point: Point) -> None:
             rate = config.learning_rate
             if rate not in bars:
-                bars[rate] = bar.add_task(name, total=config.steps)
-            said = f"{name} at {rate:.3g}: loss {point.loss:.3f}, accuracy {point.accuracy:.3f}"
-            bar.update(bars[rate], completed=point.step, description=said)
+                bars[rate] = opened.enter_context(drawn(f"{name} at {rate:.3g}", config.steps))
+            bar = bars[rate]
+            if bar.disable:
+                print(visible(_line(name, config, point)), file=sys.stderr)
+                return
+            bar.set_postfix_str(f"loss {point.loss:.3f}, accuracy {point.accuracy:.3f}", refresh=False)
+            bar.update(point.step - bar.n)
+            bar.refresh()
 
         yield say
 

@@ -1,11 +1,12 @@
 """The command line: `mamba-probe report MODEL --task mqar -o DIR`, and the steps it is made of."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Column, Table
 
+from mamba_probe import cli_completing as completing
+from mamba_probe.cli_compare import asked, compare_command
 from mamba_probe.cli_options import (
     ANALYSES,
     BACKEND,
@@ -22,6 +23,7 @@ from mamba_probe.cli_options import (
     PAIRS,
     RESUME,
     ROWS,
+    RUN,
     SEED,
     TASK,
     TEXT,
@@ -30,15 +32,15 @@ from mamba_probe.cli_options import (
     Backend,
     What,
 )
-from mamba_probe.cli_recording import check_alone, check_free, place, quiet_transformers, recorded
+from mamba_probe.cli_recording import NO_MODEL, check_alone, check_free, place, quiet_transformers, recorded
 from mamba_probe.cli_reduce import reduce_command
-from mamba_probe.cli_steps import answered, err, headed, lines, out, progress
+from mamba_probe.cli_steps import answered, command, err, headed, lines, or_else, out, progress
 from mamba_probe.cli_verify import verify_command
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
     help="Look inside trained Mamba models: record delta, A_bar, B and C, and measure what input selectivity does.\n\n"
     "Start with: [bold]mamba-probe report zoo:trained-mqar-mamba1 --task mqar -o report[/bold]",
 )  # fmt: skip
@@ -68,7 +70,7 @@ def report(
 
     check_free(out_dir, overwrite)
     check_alone()
-    names = _names(analyses)
+    names = asked(analyses)
     with progress() as say:
         run = recorded(
             model, task, text, tokenizer, rows, length, n_pairs, seed, beside, backend, train_length, None, say
@@ -82,6 +84,8 @@ def report(
     for name, result in results.items():
         _print(name, finding(name, result, others.get(name)), run)
     out.print(headed("report", page), highlight=False, soft_wrap=True)
+    said = f"open it in a browser; its numbers are in {out_dir / 'results'}, its pictures in {out_dir / 'figures'}"
+    out.print(headed("next", said), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -114,7 +118,7 @@ def record(
         compress=compress, force=force,
     )  # fmt: skip
     if not resume:
-        check_free(out_dir, overwrite or not into.leads)
+        check_free(out_dir, overwrite or not into.leads, " --resume to go on with it,")
     with lines(shown=into.leads) as say:
         run = recorded(
             model, task, text, tokenizer, rows, length, n_pairs, seed, beside, backend, train_length, into, say
@@ -122,10 +126,7 @@ def record(
     if into.leads:
         out.print(repr(run.trace.probe), highlight=False)
         out.print(headed("run", out_dir), highlight=False, soft_wrap=True)
-
-
-app.command("reduce")(reduce_command)
-app.command("verify")(verify_command)
+        out.print(headed("next", command("analyze", "all", out_dir, "-o", "results")), highlight=False, soft_wrap=True)
 
 
 @app.command(
@@ -135,8 +136,13 @@ app.command("verify")(verify_command)
 )
 @answered
 def analyze(
-    name: Annotated[str, typer.Argument(help="An analysis (below), several with commas between, or all.")],
-    run_dir: Annotated[Path, typer.Argument(help="What `record` or `report` wrote.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="An analysis (below), several with commas between, or all.", autocompletion=completing.analyses
+        ),
+    ],
+    run_dir: RUN,
     out_dir: OUT, seed: SEED = 0, overwrite: OVERWRITE = False, load_models: LOAD_MODELS = False,
 ) -> None:  # fmt: skip
     """Analyses of a recorded run: DIR/NAME.nc and its picture each, and one DIR/report.html of several.
@@ -155,8 +161,9 @@ def analyze(
 
     quiet_transformers()
     with progress() as say:
-        run = Run.open(run_dir, load_models=load_models)
-        options = {"names": _names(name), "seed": seed, "say": say, "overwrite": overwrite}
+        with or_else(command("record", "MODEL", "--task", "mqar", "-o", run_dir), on=FileNotFoundError):
+            run = Run.open(run_dir, load_models=load_models)
+        options = {"names": asked(name), "seed": seed, "say": say, "overwrite": overwrite}
         wanted, _ = measurable(run, options["names"])
         results = analyse(run, out_dir, **options)
         others = analyse_beside(run, out_dir / BESIDE, **options)
@@ -172,64 +179,9 @@ def analyze(
         raise typer.Exit(1)
 
 
-@app.command("compare")
-@answered
-def compare_command(
-    name: Annotated[str, typer.Argument(help="An analysis; `mamba-probe analyze --help` has them.")],
-    runs: Annotated[list[str], typer.Argument(help="DIR or LABEL=DIR of each run; the first is the reference.")],
-    out_dir: OUT,
-    variable: Annotated[
-        list[str] | None, typer.Option(help="Variables of its result, one each time; default: its summaries by layer.")
-    ] = None,
-    resample: Annotated[
-        str, typer.Option(help="each: every row measured by itself. refit: rows drawn and measured together; dear.")
-    ] = "each",
-    unpaired: Annotated[bool, typer.Option("--unpaired", help="Of other prompts each: wider intervals.")] = False,
-    seed: SEED = 0, overwrite: OVERWRITE = False, load_models: LOAD_MODELS = False,
-) -> None:  # fmt: skip
-    """What differs in a measure between runs on the same prompts, with paired intervals: models, or revisions of one.
-
-    Writes DIR/NAME.nc, and a picture of each variable. Labels that are numbers, as training steps are, are drawn in
-    order. p is adjusted by Holm over all differences: name the variables that you mean.
-
-    Examples:
-
-      mamba-probe compare hidden_attention mamba1 mamba2 --variable layer_entropy -o differences
-
-      mamba-probe compare memory_horizon 0=start 500=half 1000=end --variable layer_selectivity_gain -o training
-    """
-    from mamba_probe import compare
-    from mamba_probe.report import caution, differences, draw_comparison, labelled
-    from mamba_probe.trace.store import check_free as check_store_free
-    from mamba_probe.trace.store import save
-
-    quiet_transformers()
-    check_store_free(out_dir / f"{name}.nc", overwrite)
-    with progress() as say:
-        say(f"opening {len(runs)} runs")
-        given = labelled(runs, load_models)
-        say(f"measuring {name} of each")
-        result = compare(
-            name, given, variable=variable or None, reference=next(iter(given)), resample=resample,
-            paired=not unpaired, seed=seed,
-        )  # fmt: skip
-        save(result, out_dir / f"{name}.nc", overwrite=overwrite)
-        say("drawing")
-        paths = draw_comparison(result, out_dir, name)
-    table = Table(
-        Column("what", overflow="fold"),
-        Column("run", overflow="fold"),
-        "value",
-        result.attrs["reference"],
-        "difference",
-        "95 % interval",
-        "p (Holm)",
-    )
-    for row in differences(result):
-        table.add_row(*row)
-    out.print(table)
-    out.print(caution(result), soft_wrap=True)
-    out.print(str(out_dir / f"{name}.nc"), *(str(path) for path in paths), sep="\n", highlight=False, soft_wrap=True)
+app.command("compare")(compare_command)
+app.command("reduce")(reduce_command)
+app.command("verify")(verify_command)
 
 
 @app.command("reproduce")
@@ -292,10 +244,11 @@ def inspect(
     from mamba_probe.report.inspecting import described, points
 
     quiet_transformers()
-    loaded = load(model)
+    with or_else(NO_MODEL[0]):
+        loaded = load(model)
     with attach(loaded) as probe:
         out.print(repr(probe), highlight=False)
-        names = probe.hook_names()
+        names = probe.hookasked()
     for table in (*described(loaded, rows, length), points(names)):
         out.print(table)
 
@@ -303,7 +256,12 @@ def inspect(
 @app.command("zoo")
 @answered
 def zoo_command() -> None:
-    """The checkpoints that ship with the package, and what each is."""
+    """The checkpoints that ship with the package, and what each is.
+
+    Examples:
+
+      mamba-probe zoo
+    """
     from mamba_probe import zoo
 
     table = Table(Column("name", no_wrap=True), "what it is", "task", "accuracy", "parameters")
@@ -321,7 +279,12 @@ def zoo_command() -> None:
 @app.command()
 @answered
 def doctor() -> None:
-    """Versions, devices and backends: what would be used here, and why."""
+    """Versions, devices and backends: what would be used here, and why.
+
+    Examples:
+
+      mamba-probe doctor
+    """
     import platform
 
     import torch
@@ -353,13 +316,6 @@ def _print(head: str, found: Any, run: Any) -> None:
         out.print(f"  beside it, {run.beside.trace.attrs['model']}: {found.beside}", highlight=False, soft_wrap=True)
 
 
-def _names(text: str) -> tuple[str, ...]:
-    """Names of analyses, as typed with commas between; "main" are those of a report."""
-    from mamba_probe.report import MAIN
-
-    return MAIN if text == "main" else tuple(part.strip() for part in text.split(","))
-
-
 @app.callback(invoke_without_command=True)
 def version(show: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
     """Look inside trained Mamba models."""
@@ -372,4 +328,5 @@ def version(show: Annotated[bool, typer.Option("--version", help="Show the versi
 
 def main() -> None:
     """Entry point of `mamba-probe`."""
+    completing.prepare()
     app()

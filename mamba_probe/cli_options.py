@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from mamba_probe import cli_completing as completing
+
 __all__ = [
     "ANALYSES",
     "BACKEND",
@@ -22,6 +24,7 @@ __all__ = [
     "PAIRS",
     "RESUME",
     "ROWS",
+    "RUN",
     "SEED",
     "TASK",
     "TEXT",
@@ -69,7 +72,14 @@ class Compression(StrEnum):
     lz4 = "lz4"
 
 
-MODEL = Annotated[str, typer.Argument(help="zoo:NAME, a directory (transformers or state-spaces format), or a hub id.")]
+MODEL = Annotated[
+    str,
+    typer.Argument(
+        help="zoo:NAME, a directory (transformers or state-spaces format), or a hub id.",
+        autocompletion=completing.models,
+    ),
+]
+RUN = Annotated[Path, typer.Argument(help="What `record` or `report` wrote.", autocompletion=completing.runs)]
 OUT = Annotated[Path, typer.Option("--out", "-o", help="Directory to write to.")]
 TASK = Annotated[Task | None, typer.Option(help="Record on a generated task, whose answers are known.")]
 TEXT = Annotated[Path | None, typer.Option(help="Record on a text file (UTF-8), cut into rows of --length tokens.")]
@@ -83,8 +93,9 @@ SEED = Annotated[int, typer.Option(help="Seed of the task, the randomised twin a
 BESIDE = Annotated[
     str | None,
     typer.Option(
+        autocompletion=completing.references,
         help="With --task, a reference recorded and measured beside MODEL: construction:KIND (mamba1, mamba2, s4d: the"
-        " task's closed form at MODEL's vocabulary), whatever MODEL can be, or none. Default: what MODEL's card names."
+        " task's closed form at MODEL's vocabulary), whatever MODEL can be, or none. Default: what MODEL's card names.",
     ),
 ]
 TRAINED_ON = Annotated[
@@ -94,8 +105,9 @@ TRAINED_ON = Annotated[
 ANALYSES = Annotated[
     str,
     typer.Option(
+        autocompletion=completing.analyses,
         help="Analyses of the report: main (the three), all that the run has what it needs for, or names with commas"
-        " between; `mamba-probe analyze --help` has them."
+        " between; `mamba-probe analyze --help` has them.",
     ),
 ]
 LOAD_MODELS = Annotated[

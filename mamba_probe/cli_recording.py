@@ -7,8 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from mamba_probe.cli_options import Backend, Task
+from mamba_probe.cli_steps import command, or_else
 
-__all__ = ["check_alone", "check_free", "place", "quiet_transformers", "recorded"]
+__all__ = ["NO_MODEL", "check_alone", "check_free", "place", "quiet_transformers", "recorded"]
+
+NO_MODEL = (
+    f"{command('zoo')}, for what ships with the package",
+    f"{command('inspect', 'DIRECTORY')}, for what a checkpoint of yours is to the probe",
+)
+"""What to type where a model is not found or not read."""
 
 
 def place(directory: Path, *, resume: bool, overwrite: bool, **options: Any) -> Any:
@@ -36,8 +43,11 @@ def _device() -> str:
     return f"cuda:{own}" if own is not None and torch.cuda.is_available() else "cpu"
 
 
-def check_free(directory: Path, overwrite: bool) -> None:
+def check_free(directory: Path, overwrite: bool, otherwise: str = "") -> None:
     """Check that a directory may be written to.
+
+    Arguments:
+        otherwise: another way than to overwrite, in words.
 
     Raises:
         ValueError: it is a file, or holds an earlier run that is not to be overwritten.
@@ -46,7 +56,10 @@ def check_free(directory: Path, overwrite: bool) -> None:
         raise ValueError(f"{directory} is a file: -o names a directory")
     taken = [name for name in ("trace.zarr", "report.html") if (directory / name).exists()]
     if taken and not overwrite:
-        raise ValueError(f"{directory} holds an earlier run ({', '.join(taken)}): pass --overwrite, or choose another")
+        raise ValueError(
+            f"{directory} holds an earlier run ({', '.join(taken)}): pass --overwrite to replace it,{otherwise} or"
+            " choose another directory"
+        )
 
 
 def check_alone() -> None:
@@ -76,14 +89,16 @@ def recorded(
 
     if (task is None) == (text is None):
         got = "neither" if task is None else "both"
-        raise ValueError(f"say what to record on, either --task mqar or --text FILE; got {got}")
+        with or_else(command("record", source, "--task", "mqar", "-o", "run")):
+            raise ValueError(f"say what to record on, either --task mqar or --text FILE; got {got}")
     if text is not None and not text.is_file():
         raise FileNotFoundError(f"no text file at {text}")
     if text is not None and beside is not None:
         raise ValueError(f"--beside {beside} goes with --task: a reference is of the task's closed form, not of a text")
     say(f"loading {source}")
     quiet_transformers()
-    model = load(source, device=_device())
+    with or_else(*NO_MODEL):
+        model = load(source, device=_device())
     options = {"train_length": train_length, "backend": backend.value, "into": into or run.MEMORY, "say": say}
     if task is not None:
         return run.record_task(

@@ -1,5 +1,6 @@
 """How a command says what it does, and what was wrong with what it was given."""
 
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -12,7 +13,7 @@ from rich.text import Text
 
 from mamba_probe.visible import visible
 
-__all__ = ["Terminal", "answered", "err", "headed", "lines", "out", "progress"]
+__all__ = ["Terminal", "answered", "command", "err", "headed", "lines", "or_else", "out", "progress"]
 
 
 class Terminal(Console):
@@ -48,9 +49,33 @@ def answered(command: Callable[P, R]) -> Callable[P, R]:
         except (ValueError, OSError) as error:
             err.print("error:", style="bold red", end=" ")
             err.print(str(error), highlight=False, soft_wrap=True)
+            for line in getattr(error, "__notes__", ()):
+                err.print(headed("try", line), highlight=False, soft_wrap=True)
             raise typer.Exit(2) from None
 
     return run
+
+
+def command(*words: object) -> str:
+    """A command of ours, as it can be pasted into a shell; names in capitals are for the reader to fill in.
+
+    >>> command("verify", "my run")
+    "mamba-probe verify 'my run'"
+    """
+    return shlex.join(["mamba-probe", *map(str, words)])
+
+
+@contextmanager
+def or_else(
+    *commands: str, on: type[Exception] | tuple[type[Exception], ...] = (ValueError, OSError)
+) -> Iterator[None]:
+    """What to type next, where the block fails: `answered` says it below what was wrong."""
+    try:
+        yield
+    except on as error:
+        for each in commands:
+            error.add_note(each)
+        raise
 
 
 @contextmanager

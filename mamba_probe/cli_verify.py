@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from mamba_probe import cli_completing as completing
 from mamba_probe.cli_steps import answered, err, out
 
 __all__ = ["verify_command"]
@@ -12,7 +13,10 @@ __all__ = ["verify_command"]
 
 @answered
 def verify_command(
-    stores: Annotated[list[Path], typer.Argument(help="*.zarr or *.nc, or what `record` or `report` wrote.")],
+    stores: Annotated[
+        list[Path],
+        typer.Argument(help="*.zarr or *.nc, or what `record` or `report` wrote.", autocompletion=completing.runs),
+    ],
 ) -> None:
     """Compare every byte of stores with its checksum: a flipped bit is found, and its chunk named.
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import xarray as xr
 
+from mamba_probe.analyses._names import modules
 from mamba_probe.analyses.common.words import Row, listed, name_layers, number, shown, span
 
 __all__ = ["Analysis", "Panel", "Row", "analyses", "listed", "name_layers", "number", "shown", "span"]
@@ -68,10 +68,4 @@ def analyses() -> Mapping[str, Analysis]:
     >>> "memory_horizon" in analyses()
     True
     """
-    package = "mamba_probe.analyses"
-    places = [Path(path) for path in import_module(package).__path__]
-    modules = {
-        entry.parent.name: f"{entry.parent.name}.entry" for place in places for entry in place.glob("*/entry.py")
-    }
-    modules |= {file.stem: file.stem for place in places for file in place.glob("*.py") if file.stem != "__init__"}
-    return {name: import_module(f"{package}.{modules[name]}").ANALYSIS for name in sorted(modules)}
+    return {name: import_module(module).ANALYSIS for name, module in modules().items()}

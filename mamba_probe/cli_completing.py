@@ -39,7 +39,8 @@ def analyses(incomplete: str) -> Iterator[tuple[str, str]]:
     from mamba_probe.analyses._names import names
 
     before, comma, last = incomplete.rpartition(",")
-    for name, _ in _named(last, {name: "" for name in (*names(), *(() if comma else ("all",)))}):
+    known: dict[str, str] = dict.fromkeys((*names(), *(() if comma else ("all",))), "")
+    for name, _ in _named(last, known):
         yield f"{before}{comma}{name}", ""
 
 

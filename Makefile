@@ -9,7 +9,7 @@ PEERS := .venv/peers
 .PHONY: help demo docs test test-long test-oldest test-peers browser lint bench clean
 help:
 	@echo "make demo       record, analyse and draw a trained checkpoint beside its closed form; see report/report.html"
-	@echo "make docs       the site, its gallery drawn anew; then open docs/_build/html/index.html"
+	@echo "make docs       the site, in docs/_build/html/index.html; a picture is drawn anew where its script changed, all after make clean"
 	@echo "make test       the test suite"
 	@echo "make test-long  the full grids, those of mixers and formats on the oldest transformers, test-peers, a browser"
 	@echo "make test-peers beside nnsight and TransformerLens (240 MB more)"

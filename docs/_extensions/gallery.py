@@ -27,9 +27,11 @@ def drawn(examples: Path) -> dict[str, str]:
 def gallery(docs: Path) -> dict[str, Any]:
     """Copy the scripts into the build, and say how they are run and shown."""
     examples, copied = docs.parent / "examples", docs / "_build" / "examples"
-    shutil.rmtree(copied, ignore_errors=True)
-    copied.mkdir(parents=True)
-    for name in drawn(examples):
+    copied.mkdir(parents=True, exist_ok=True)
+    shown = drawn(examples)
+    for gone in {path.stem for path in copied.glob("*.py")} - set(shown):
+        (copied / f"{gone}.py").unlink()
+    for name in shown:
         shutil.copy2(examples / f"{name}.py", copied)
     (copied / "GALLERY_HEADER.rst").write_text(HEADER, encoding="utf-8")
     return {

@@ -13,6 +13,8 @@ __all__ = ["setup"]
 LOG = logging.getLogger(__name__)
 UNKNOWN = re.compile(r"<m\w+[^>]*>\\\w+|<mtext>[^<]*\$")
 """A command that the converter left as it stands, or a dollar inside of text."""
+FENCE = re.compile(r"<mo(?: (?:stretchy|fence)=\"false\")*>(&#x0007C;|&#x02016;)</mo>")
+"""Bars of a norm, which a browser would space as it does operators."""
 SPELLED = {r"\\langle(?![a-z])": "\u27e8", r"\\rangle(?![a-z])": "\u27e9", r"\\arg(?![a-z])": r"\\operatorname{arg}"}
 """What it does not know, or not everywhere, in words that it knows."""
 
@@ -28,7 +30,7 @@ def mathml(latex: str, display: str, node: nodes.Node) -> str:
         return f"<code>{escape(latex)}</code>"
     if UNKNOWN.search(made):
         LOG.warning("MathML knows not all of %r: %s", latex, UNKNOWN.search(made), location=node)
-    return made
+    return FENCE.sub(r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>', made)
 
 
 def visit_math(writer: Any, node: nodes.Element) -> None:

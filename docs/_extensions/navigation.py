@@ -13,6 +13,7 @@ FRONT = "docs/README"
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"\]\(([^)#\s]+\.(?:md|rst))\)")
 SCRIPT = re.compile(r"\]\((?:\.\./)*examples/(\w+)\.(py|md)\)")
+NAMED = re.compile(r"(?<!\])\((examples/\w+\.py)\)")
 
 
 def listed(front: str) -> dict[str, list[str]]:
@@ -39,7 +40,7 @@ def to_gallery(text: str) -> str:
             return f"](/{FOLDER}/index.rst)"
         return f"](/{FOLDER}/{name}.rst)" if name in drawn(ROOT / "examples") else match.group()
 
-    return SCRIPT.sub(page, text)
+    return SCRIPT.sub(page, NAMED.sub(r"([\1](../\1))", text))
 
 
 def read(app: Any, name: str, source: list[str]) -> None:

@@ -87,6 +87,7 @@ def test_the_reference_describes_every_public_name():
 def test_links_to_scripts_lead_to_their_pictures(navigation):
     assert navigation.to_gallery("[a](../examples/haar.py)") == "[a](/docs/gallery/haar.rst)"
     assert navigation.to_gallery("[a](examples/README.md)") == "[a](/docs/gallery/index.rst)"
+    assert navigation.to_gallery("4 rows (examples/haar.py).") == "4 rows ([examples/haar.py](/docs/gallery/haar.rst))."
     kept = "[a](../examples/record_many_gpus.py) [b](haar.py)"
     assert navigation.to_gallery(kept) == kept
 

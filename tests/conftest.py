@@ -1,6 +1,10 @@
-"""Fixtures shared by all tests: small live models whose every weight is perturbed (defaults hide bugs)."""
+"""Fixtures shared by all tests: small live models whose every weight is perturbed (defaults hide bugs); a browser."""
 
-from collections.abc import Callable
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,3 +64,52 @@ def build(family: str) -> Callable[..., nn.Module]:
 def _quiet_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     torch.set_num_threads(1)
+
+
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+         "--disable-background-networking", "--disable-component-update")  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Chromium without a window; it fails, never skips, where there is none."""
+    programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if None in programs:
+        pytest.fail("chromium and chromedriver are needed: make browser")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0]
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
+    options.unhandled_prompt_behavior = "ignore"
+    driver = webdriver.Chrome(options, Service(programs[1]))
+    yield driver
+    driver.quit()
+
+
+class Seen:
+    """What a page did in the browser."""
+
+    def __init__(self, driver: Any, path: Path) -> None:
+        driver.get_log("performance"), driver.get_log("browser")
+        driver.get(path.as_uri())
+        driver.execute_async_script("setTimeout(arguments[0], 300)")  # pictures and handlers have had their time
+        self.hit = driver.execute_script("return window.hit === undefined ? null : window.hit")
+        self.text = " ".join((driver.execute_script("return document.documentElement.textContent") or "").split())
+        events = [json.loads(each["message"])["message"] for each in driver.get_log("performance")]
+        self.requests = {
+            event["params"]["request"]["url"].partition(",")[0]
+            for event in events
+            if event["method"] == "Network.requestWillBeSent"
+        }
+        self.dialogs = [event for event in events if event["method"] == "Page.javascriptDialogOpening"]
+        self.console = [each["message"] for each in driver.get_log("browser")]
+
+
+@pytest.fixture
+def visit(browser: Any) -> Callable[[Path], Seen]:
+    """Open a page and return what it did."""
+    return lambda path: Seen(browser, path)

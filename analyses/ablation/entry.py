@@ -110,6 +110,14 @@ ANALYSIS = Analysis(
         " Entropy: of the shares of |alpha| with which the part reads earlier tokens; 0 where it reads one. A model"
         " that does not solve its task has no effect to score."
     ),
+    picture=(
+        "Each point is a part taken out, named below it: a layer as a whole, then its parts. Its height is the"
+        " change of the accuracy (where the rows are a text: of the loss) without it, the bar its interval. Grey is"
+        " the null: as many channels drawn at random, and their range. A filled point differs from 0 by more than"
+        " chance among the rows (p at most 0.05 over all parts); it says something of that part only where it lies"
+        " beyond the grey too. Where parts were taken out, the lower panel sets that change against the entropy of"
+        " what each part reads."
+    ),
     of_run=_of_run,
     says=_says,
     panels=_panels,

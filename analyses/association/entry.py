@@ -94,6 +94,12 @@ ANALYSIS = Analysis(
         " Rows count that are answered right, and wrong once the key is corrupted; where the lower bound of the"
         " accuracy is not above .5, nothing is reported."
     ),
+    picture=(
+        "Each row of the map is one part of the model, from the first layer above to the last below; each column is"
+        " a kind of token. Blue, towards 1: putting back that part at that token gives the whole answer back. White,"
+        " 0: nothing. Follow the blue from the key's column to the query's: where it changes column the key has been"
+        " joined to its value."
+    ),
     of_run=_of_run,
     says=_says,
     panels=_panels,

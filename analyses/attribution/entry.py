@@ -167,6 +167,13 @@ ANALYSIS = Analysis(
         " query. The curve replaces the embeddings of the most relevant tokens before the query by 0, and follows"
         " the id's probability: the lower, the more the answer rests on them."
     ),
+    picture=(
+        "From above. Bars: the share of positive relevance on each kind of token, by rule, with its interval;"
+        " dotted is chance, grey is the relevance of another answer. Curves: the answer's probability as the most"
+        " relevant tokens are taken away; an order that falls below the grey random one has found what the answer"
+        " rests on. Strip: one row's tokens, brown for and violet against the answer. Of several layers, below: how"
+        " much still lies on the query's own token."
+    ),
     of_run=_of_run,
     says=_says,
     panels=_panels,

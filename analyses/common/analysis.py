@@ -47,6 +47,7 @@ class Analysis:
         drawn: whether the picture of a result shows numbers, and not only that there are none.
         notes: attributes of a result that its table states beside estimator, null, interval and reduces_over.
         apart: whether a reference is drawn in a picture of its own.
+        picture: how to read the picture: what stands where, and how the nulls look.
     """
 
     title: str
@@ -59,6 +60,7 @@ class Analysis:
     drawn: Callable[[xr.Dataset], bool] = _drawn
     notes: tuple[str, ...] = ()
     apart: bool = False
+    picture: str = ""
 
 
 @cache

@@ -66,6 +66,11 @@ ANALYSIS = Analysis(
         " is that output. Shares are of |alpha|. Time-invariant: the same layer with delta, B and C at their means;"
         " shuffled: the same deltas in random order."
     ),
+    picture=(
+        "Each curve is the mean weight with which a query reads tokens so many places back (to the right: further);"
+        " the scale of the height is logarithmic where there are several layers. Executed curves that leave their"
+        " time-invariant null are what the selection does."
+    ),
     of_run=_of_run,
     says=_says,
     panels=_panels,

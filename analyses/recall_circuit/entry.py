@@ -81,6 +81,12 @@ ANALYSIS = Analysis(
         " chance (above 1: it fell below chance). Each layer by direct attribution: later layers are not followed."
         " The diagram is of the circuit found, drawn from these measurements; where none is found there is none."
     ),
+    picture=(
+        "Each line is one signature: the bar leads from its null (grey stroke) to what was measured (blue). An open"
+        " diamond is what the closed-form circuit has, an open circle the untrained twin. The nearer blue is to its"
+        " diamond and the further from the grey, the more the model does as the circuit. Green: the share of the"
+        " accuracy that an edit takes away."
+    ),
     of_run=_of_run,
     says=_says,
     panels=_panels,

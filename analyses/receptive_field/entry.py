@@ -201,6 +201,13 @@ ANALYSIS = Analysis(
         " trained on. Distance of two tokens: 1 unrelated, 0 all alike (over-smoothed). Change of a prediction: total"
         " variation."
     ),
+    picture=(
+        "From above. How far back a query reads as the row grows: dashed is the null, the grey dots read all tokens"
+        " alike. The share of each source in a query's output by its distance, in the whole block (full) and in its"
+        " mixer alone (dotted). Where they were measured: how much the prediction changes without the row's first"
+        " tokens, beside another row's context; and how alike two tokens are in each layer (1 unrelated, 0 all"
+        " alike)."
+    ),
     of_run=_of_run,
     says=_says,
     panels=_panels,

@@ -119,6 +119,13 @@ ANALYSIS = Analysis(
         " ones do; its null reads the same tokens in random order. A step is closed where next to nothing is written,"
         " held where every state is kept, erased where none is."
     ),
+    picture=(
+        "From above, a mark a layer with its interval. The half-life of a state; above the dotted line it is longer"
+        " than the rows, so it was not seen. How many states later tokens can read the past from, beside the nulls"
+        " and the untrained twin. The shares of steps that write next to nothing, keep all, or erase all; hollow"
+        " marks are the null. Where states were recorded: their size as tokens are read, dashed in random order"
+        " (null)."
+    ),
     of_run=_of_run,
     says=_says,
     panels=_panels,

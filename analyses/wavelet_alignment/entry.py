@@ -75,6 +75,12 @@ ANALYSIS = Analysis(
         " same layer with delta, B and C at their means. Where that decays slowly it is nearly constant: one"
         " coefficient, of the scaling function, which is no wavelet."
     ),
+    picture=(
+        "Curves: the share of a kernel's energy in its largest wavelet coefficients; the further to the left a"
+        " curve reaches 1, the fewer wavelets make the kernel. Orange is the time-invariant null, grey the steps"
+        " shuffled, green the untrained twin. Marks, of several layers: |cos| with the best single wavelet; the grey"
+        " line is a kernel that is one token."
+    ),
     of_run=_of_run,
     says=_says,
     panels=_panels,

@@ -4,20 +4,21 @@ import json
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from mamba_probe.analyses.common.analysis import number
-from mamba_probe.pages import embedded, write_page
+from mamba_probe.pages import Table, picture, read_template, write_page
 from mamba_probe.reference import describe, is_closed_form
 from mamba_probe.report.figures import draw
-from mamba_probe.report.findings import finding
+from mamba_probe.report.findings import Finding, described, finding
 from mamba_probe.run import Run
 
 __all__ = ["write_report"]
 
-TEMPLATE = Path(__file__).parent / "page.html"
+INTERVAL = "95 % interval"
 
 
 def write_report(
@@ -30,17 +31,42 @@ def write_report(
 
     `beside` has the results of the reference `run.beside`, by analysis: a column of the tables, a half of the pictures.
     """
-    directory, others = Path(directory), beside or {}
-    sections = []
-    for name, result in results.items():
-        png, svg = draw(name, result, directory / figures, beside=others.get(name))[:2]
-        found = finding(name, result, others.get(name))
-        sections.append({"name": name, "finding": found, "png": embedded(png), "svg": svg.name})
+    directory, others, other = Path(directory), beside or {}, _beside(run)
+    column = [] if other is None else [other["column"]]
+    sections = [
+        _section(run, name, result, directory / figures, others.get(name), column) for name, result in results.items()
+    ]
+    model, titles = str(run.trace.attrs["model"]), [(each["name"], each["finding"].title) for each in sections]
     return write_page(
-        directory / "report.html", TEMPLATE.read_text(), model=run.trace.attrs["model"], subject=_subject(run.trace),
-        sections=sections, beside=_beside(run), figures=figures, stored=stored, provenance=_provenance(run),
-        parity=_parity(run), parity_error=run.parity.attrs["error"], parity_parting=run.parity.attrs["parting"],
+        directory / "report.html", read_template("report.html"), model=model, subject=_subject(run.trace),
+        title=f"{model} on {_given(run.trace)}: findings of mamba_probe",
+        contents=[("found", "In short"), *titles, ("parity", "Parity"), ("provenance", "Provenance")],
+        sections=sections, beside=other, figures=figures, stored=stored,
+        provenance=_recorded(run, column), parity=_errors(run, column),
+        parity_error=run.parity.attrs["error"], parity_parting=run.parity.attrs["parting"],
     )  # fmt: skip
+
+
+def _section(
+    run: Run, name: str, result: xr.Dataset, folder: Path, other: xr.Dataset | None, column: list[str]
+) -> dict[str, Any]:  # fmt: skip
+    """An analysis: what it says, its numbers, its picture, and the reference's where that is drawn apart."""
+    found = finding(name, result, other)
+    pngs = [path for path in draw(name, result, folder, beside=other) if path.suffix == ".png"]
+    models = [str(one.trace.attrs["model"]) for one in _both(run)]
+    together = models if len(pngs) == 1 else models[:1]
+    pictures = [picture(pngs[0], f"{found.title} of {' and '.join(together)}", described(found, together))]
+    if len(pngs) > 1 and other is not None:
+        shown = finding(name, other)
+        pictures.append(picture(pngs[1], f"{found.title} of {models[1]}", described(shown, models[1:])))
+    return {"name": name, "finding": found, "pictures": pictures, "table": _table(found, column)}
+
+
+def _table(found: Finding, column: list[str]) -> Table:
+    """The numbers of a finding."""
+    rows = [[row.what, row.value, row.null, row.interval, *([row.beside] if column else [])] for row in found.rows]
+    numbers = ("value", "null", INTERVAL, *column)
+    return Table(f"{found.title} in numbers", ["quantity", *numbers], rows, numbers)
 
 
 def _beside(run: Run) -> dict[str, str] | None:
@@ -66,14 +92,20 @@ def _subject(trace: xr.Dataset) -> str:
     size = f"{trace.sizes['batch']} rows, {n_tokens:,} tokens, {trace.sizes['layer']} layer(s)"
     if "task" in trace.attrs:
         chosen = {key: value for key, value in json.loads(trace.attrs["task_params"]).items() if key != "batch"}
-        return f"task {trace.attrs['task']} ({', '.join(f'{k} {v}' for k, v in chosen.items())}); {size}"
+        return f"{_given(trace)} ({', '.join(f'{k} {v}' for k, v in chosen.items())}); {size}"
     left = trace.attrs.get("tokens_left_out", 0)
-    return f"text {Path(trace.attrs.get('text', '')).name}; {size}" + (
-        f"; {left:,} tokens of the file left out" if left else ""
-    )
+    return f"{_given(trace)}; {size}" + (f"; {left:,} tokens of the file left out" if left else "")
 
 
-def _provenance(run: Run) -> list[tuple[str, ...]]:
+def _given(trace: xr.Dataset) -> str:
+    """The task, or the text, by name."""
+    if "task" in trace.attrs:
+        return f"task {trace.attrs['task']}"
+    return f"text {Path(trace.attrs.get('text', '')).name}"
+
+
+def _recorded(run: Run, column: list[str]) -> Table:
+    """Of what the recording is, by what and when it was made."""
     shown = (
         "model",
         "model_hash",
@@ -85,14 +117,15 @@ def _provenance(run: Run) -> list[tuple[str, ...]]:
         "schema_version",
         "versions",
     )
-    return [(key.replace("_", " "), *(str(one.trace.attrs[key]) for one in _both(run))) for key in shown]
+    rows = [(key.replace("_", " "), *(str(one.trace.attrs[key]) for one in _both(run))) for key in shown]
+    return Table("The recording, and what made it", ["of the recording", "value", *column], rows, sortable=False)
 
 
 def _both(run: Run) -> list[Run]:
     return [run] if run.beside is None else [run, run.beside]
 
 
-def _parity(run: Run) -> list[tuple[str, ...]]:
+def _errors(run: Run, column: list[str]) -> Table:
     """The worst layer of each comparison."""
     text = {
         "out_vs_native": "mixer output: probe against the untouched model",
@@ -103,9 +136,10 @@ def _parity(run: Run) -> list[tuple[str, ...]]:
         "C": "C: recorded against the float64 oracle",
         "logits_vs_native": "logits: probe against the untouched model",
     }
-    return [
+    rows = [
         (what, *(_worst(one.parity, name) for one in _both(run))) for name, what in text.items() if name in run.parity
     ]
+    return Table("The largest error over layers", ["comparison", "error", *column], rows, ("error", *column))
 
 
 def _worst(parity: xr.Dataset, name: str) -> str:

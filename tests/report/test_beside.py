@@ -31,8 +31,8 @@ def call(*arguments):
 
 def cells(page, quantity):
     """The texts of the row of a table whose first cell begins so."""
-    row = re.search(rf"<tr><td>{quantity}.*?</tr>", page, re.S)
-    return re.findall(r"<td[^>]*>(.*?)</td>", row.group(0), re.S)
+    row = re.search(rf'<tr><th scope="row">{quantity}.*?</tr>', page, re.S)
+    return re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row.group(0), re.S)
 
 
 def words(page):

@@ -57,6 +57,7 @@ def test_every_folder_with_an_entry_is_an_analysis_and_says_what_it_is():
         assert each.title, name
         assert each.question.endswith("?"), name
         assert len(each.reading) > 80, name
+        assert len(each.picture) > 80, name
     helped = " ".join(call("analyze", "--help").output.replace("│", " ").split())
     missing = [name for name in known if name not in helped]
     assert missing == [], "name them in the epilog of `analyze` in mamba_probe/cli.py"
@@ -167,6 +168,7 @@ def known(monkeypatch):
     def put(**entries):
         for module in ("mamba_probe.report.analysing", "mamba_probe.report.findings", "mamba_probe.report.figures"):
             monkeypatch.setattr(f"{module}.analyses", lambda: entries)
+        monkeypatch.setattr("mamba_probe.analyses._names.names", lambda: list(entries))
         monkeypatch.setattr("mamba_probe.report.analysing.MAIN", tuple(entries)[:1])
 
     return put

@@ -121,10 +121,10 @@ def test_the_page_keeps_claim_and_ours_apart(made):
     page = re.sub(r"base64,[^\"]*", "", (directory / "index.html").read_text())
     assert page.count('src="data:image/png;') == len(CLAIMS)
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page), "self-contained"
-    for section in page.split("<section id=")[1:-1]:
+    for section in page.split("<section id=")[2:-1]:  # between what was found and the provenance
         paper, ours = section.split('<div class="ours">')
-        assert 'class="paper"' in paper
-        assert "<table>" not in paper
+        assert 'class="claimed"' in paper
+        assert "<table" not in paper
         assert "arXiv" not in ours
         assert "What we constructed and measured (ours)" in ours
     assert "makes no such claim" in page.split('<section id="induction"')[1].split("</section>")[0]

@@ -1,7 +1,6 @@
 """A report full of hostile text in Chromium: nothing runs, nothing is fetched, and the text is read as it stands."""
 
 import json
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -16,8 +15,6 @@ from mamba_probe.visible import visible
 
 pytestmark = pytest.mark.browser
 
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-         "--disable-background-networking", "--disable-component-update")  # fmt: skip
 HOSTILE = (
     "<script>window.hit=1;alert(1)</script>", "<img src=x onerror=window.hit=1>",
     "</style><script>window.hit=1</script>", "</title><svg onload=window.hit=1>", "javascript:window.hit=1",
@@ -26,44 +23,6 @@ HOSTILE = (
     "<link rel=stylesheet href=https://example.invalid/a.css>", "<base href=https://example.invalid/>",
 )  # fmt: skip
 TEXT = " ".join(HOSTILE)
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
-    if None in programs:
-        pytest.fail("chromium and chromedriver are needed: make browser")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = programs[0]
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    options.unhandled_prompt_behavior = "ignore"
-    driver = webdriver.Chrome(options, Service(programs[1]))
-    yield driver
-    driver.quit()
-
-
-class Seen:
-    """What a page did in the browser."""
-
-    def __init__(self, driver, path):
-        driver.get_log("performance"), driver.get_log("browser")
-        driver.get(path.as_uri())
-        driver.execute_async_script("setTimeout(arguments[0], 300)")  # pictures and handlers have had their time
-        self.hit = driver.execute_script("return window.hit === undefined ? null : window.hit")
-        self.text = " ".join((driver.execute_script("return document.documentElement.textContent") or "").split())
-        events = [json.loads(each["message"])["message"] for each in driver.get_log("performance")]
-        self.requests = {
-            event["params"]["request"]["url"].partition(",")[0]
-            for event in events
-            if event["method"] == "Network.requestWillBeSent"
-        }
-        self.dialogs = [event for event in events if event["method"] == "Page.javascriptDialogOpening"]
-        self.console = [each["message"] for each in driver.get_log("browser")]
 
 
 def hostile_tokens(run):
@@ -95,48 +54,49 @@ def page(tmp_path_factory):
     return write_report(replace(run, beside=run), results, folder, beside=results)
 
 
-def test_a_report_of_hostile_text_is_inert_and_read_as_it_stands(browser, page):
-    seen = Seen(browser, page)
+def test_a_report_of_hostile_text_is_inert_and_read_as_it_stands(browser, visit, page):
+    seen = visit(page)
     assert seen.hit is None
     assert seen.dialogs == []
     assert seen.requests == {page.as_uri(), "data:image/png;base64"}
     assert seen.console == []
     for text in (TEXT, *HOSTILE):
         assert " ".join(visible(text).split()) in seen.text, text
-    assert browser.title == "mamba_probe: " + " ".join(visible(TEXT).split())
+    given = " ".join(visible(TEXT).split())
+    assert browser.title == f"{given} on task {given}: findings of mamba_probe"
 
 
-def test_what_the_page_needs_still_works(browser, page):
-    Seen(browser, page)
+def test_what_the_page_needs_still_works(browser, visit, page):
+    visit(page)
     widths = browser.execute_script("return [...document.images].map(each => each.naturalWidth)")
     assert len(widths) >= 2
     assert min(widths) > 500
     style = "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]"
-    assert browser.execute_script(style, "h1", "margin") == "0px"
+    assert browser.execute_script(style, "h1", "marginTop") == "0px"
     assert browser.execute_script(style, ".answer", "borderLeftWidth") == "4px"
     browser.execute_script("document.querySelector('summary').click()")
     assert browser.execute_script("return document.querySelector('details').open")
 
 
-def test_its_figures_are_inert(browser, page):
+def test_its_figures_are_inert(visit, page):
     figures = sorted((page.parent / "figures").glob("*.svg"))
     assert len(figures) == 3
     for path in figures:
-        seen = Seen(browser, path)
+        seen = visit(path)
         assert (seen.hit, seen.dialogs, seen.console) == (None, [], [])
         assert seen.requests == {path.as_uri()}
 
 
-def test_the_browser_would_tell(browser, tmp_path):
+def test_the_browser_would_tell(browser, visit, tmp_path):
     """Unescaped and without a policy the same text runs, asks and opens a dialog; with the policy alone it does not."""
     raw = "<html><head>{head}</head><body>" + HOSTILE[1] + HOSTILE[10] + "<script>window.hit=2</script>"
     (tmp_path / "open.html").write_text(raw.format(head=""))
-    seen = Seen(browser, tmp_path / "open.html")
+    seen = visit(tmp_path / "open.html")
     assert seen.hit is not None
     assert any("example.invalid" in url for url in seen.requests)
     policy = f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
     (tmp_path / "held.html").write_text(raw.format(head=policy))
-    seen = Seen(browser, tmp_path / "held.html")
+    seen = visit(tmp_path / "held.html")
     assert seen.hit is None
     assert not any("example.invalid" in url for url in seen.requests)
     assert any("Content Security Policy" in line for line in seen.console)
@@ -144,10 +104,10 @@ def test_the_browser_would_tell(browser, tmp_path):
     from selenium.common.exceptions import UnexpectedAlertPresentException
 
     with pytest.raises(UnexpectedAlertPresentException):
-        Seen(browser, tmp_path / "asks.html")
+        visit(tmp_path / "asks.html")
     browser.switch_to.alert.accept()
 
 
-def test_the_policy_survives_the_template(browser, tmp_path):
+def test_the_policy_survives_the_template(visit, tmp_path):
     template = '<meta http-equiv="Content-Security-Policy" content="{{ policy }}"><script>window.hit = 1</script>'
-    assert Seen(browser, write_page(tmp_path / "a.html", template)).hit is None
+    assert visit(write_page(tmp_path / "a.html", template)).hit is None

@@ -1,4 +1,7 @@
-"""Arguments of the public entries that are counts, indices, names or numbers: checked here, and nowhere else."""
+"""Arguments of the public entries that are counts, indices, names or numbers: checked here, and nowhere else.
+
+Readers of traces ask here too, and load no torch: its tensors are known by what they can do.
+"""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -6,7 +9,6 @@ from os import PathLike
 from typing import Any
 
 import numpy as np
-import torch
 
 __all__ = ["LARGEST", "array", "listed", "path_like", "real", "texts", "whole", "wholes"]
 
@@ -47,7 +49,7 @@ def wholes(name: str, values: Any) -> list[int]:
     ...
     ValueError: tokens is a list of whole numbers; got [0.5]
     """
-    given = array(name, values) if isinstance(values, torch.Tensor) else values
+    given = array(name, values) if _is_tensor(values) else values
     found = listed(name, given, "whole numbers")
     if any(isinstance(each, bool | np.bool_) or not isinstance(each, int | np.integer) for each in found):
         raise ValueError(f"{name} is a list of whole numbers; got {_shown(values)}")
@@ -80,7 +82,8 @@ def listed(name: str, values: Any, of: str) -> list[Any]:
     ...
     ValueError: edits is a list of edits; got 3
     """
-    if isinstance(values, str | bytes | Mapping | PathLike | torch.Tensor) or not isinstance(values, Iterable):
+    single = isinstance(values, str | bytes | Mapping | PathLike) or _is_tensor(values)
+    if single or not isinstance(values, Iterable):
         raise ValueError(f"{name} is a list of {of}; got {_shown(values)}")
     if isinstance(values, np.ndarray) and values.ndim != 1:
         raise ValueError(f"{name} is a list of {of}; got an array of shape {values.shape}")
@@ -112,7 +115,7 @@ def array(name: str, value: Any) -> np.ndarray:
     (1, 2)
     """
     try:
-        found = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+        found = value.detach().cpu().numpy() if _is_tensor(value) else np.asarray(value)
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"{name} is a rectangular array of numbers; got {type(value).__name__} ({error})") from error
     if found.dtype.kind not in "fiub":
@@ -132,6 +135,10 @@ def path_like(name: str, value: Any) -> str | PathLike[str]:
     if not isinstance(value, str | PathLike):
         raise ValueError(f"{name} is a path; got {_shown(value)}")
     return value
+
+
+def _is_tensor(value: Any) -> bool:
+    return hasattr(value, "detach") and hasattr(value, "cpu")
 
 
 def _shown(value: Any) -> str:

@@ -47,6 +47,8 @@ def breaches(package, forbidden, but=()):
 
 
 UPPER = ["mamba_probe.probe", "mamba_probe.cli", "mamba_probe.report", "mamba_probe.loading", "mamba_probe.recorder"]
+LEAVES = [f"mamba_probe.{name}" for name in ("arguments", "progress", "untrusted", "visible", "writing")]
+"""What any part may use: they use none but each other, and no torch."""
 
 
 @pytest.mark.parametrize(
@@ -54,8 +56,9 @@ UPPER = ["mamba_probe.probe", "mamba_probe.cli", "mamba_probe.report", "mamba_pr
     [
         ("mamba_probe.kernels", ["mamba_probe", "transformers", "xarray", "numpy"], ["mamba_probe.kernels"]),
         ("mamba_probe.analyses", ["torch", "transformers", "triton"], []),
-        ("mamba_probe.analyses", ["mamba_probe"], ["mamba_probe.analyses", "mamba_probe.trace"]),
-        ("mamba_probe.trace", ["torch", "mamba_probe"], ["mamba_probe.trace"]),
+        ("mamba_probe.analyses", ["mamba_probe"], ["mamba_probe.analyses", "mamba_probe.trace", *LEAVES]),
+        ("mamba_probe.trace", ["torch", "mamba_probe"], ["mamba_probe.trace", *LEAVES]),
+        *((leaf, ["torch", "mamba_probe"], LEAVES) for leaf in LEAVES),
         ("mamba_probe.mixers", [*UPPER, "mamba_probe.analyses"], []),
         ("mamba_probe.probe", ["mamba_probe.analyses", "mamba_probe.cli", "mamba_probe.report"], []),
         ("mamba_probe", ["kernels", "analyses", "tests", "examples"], []),

@@ -248,7 +248,7 @@ def inspect(
         loaded = load(model)
     with attach(loaded) as probe:
         out.print(repr(probe), highlight=False)
-        names = probe.hookasked()
+        names = probe.hook_names()
     for table in (*described(loaded, rows, length), points(names)):
         out.print(table)
 

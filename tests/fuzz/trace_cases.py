@@ -396,4 +396,4 @@ def damage(store: Path, kind: str, at: int, *what: Any) -> None:
     path.write_bytes(bytes(data))
 
 
-FUZZER = Fuzzer("trace", CASES, run, long=500, short=20, shard=250)
+FUZZER = Fuzzer("trace", CASES, run, long=500, short=12, shard=250)

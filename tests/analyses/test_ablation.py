@@ -275,6 +275,7 @@ def test_as_many_random_sets_are_drawn_as_can_decide_or_as_are_affordable():
     assert _draws({"heads": ()}, shaped(2**16, 24, 1536, 16)) == 2
 
 
+@pytest.mark.long
 def test_a_unit_is_more_than_random_where_no_random_set_reaches_it():
     """One channel in 16 holds all answers: of 400 sets of a channel some hold it too, so its rank says that it may be
     a draw; where no other channel does anything, one unit among 16 is 1 in 16 of the draws."""

@@ -324,6 +324,23 @@ def test_a_cluster_gives_the_same_by_all_its_workers_and_says_what_is_wrong(tmp_
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("name", TRACED)
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "s4d"])
+def test_a_cluster_gives_the_same_of_every_analysis(family, name, tmp_path, client):
+    if (family, name) == ("s4d", "sinks"):
+        return  # refused: its step sizes are constants
+    expected, measured = of_traces(family, name, tmp_path, CUTS["7 tokens"])
+    xr.testing.assert_identical(measured(), expected)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SOLVED)
+def test_a_cluster_gives_the_same_of_every_recording(name, tmp_path, client):
+    expected, measured = of_recorded(name, tmp_path, CUTS["a layer, 2 rows"])
+    xr.testing.assert_identical(measured(), expected)
+
+
+@pytest.mark.long
 def test_a_persisted_trace_is_read_from_here(tmp_path, client):
     """It lies on the cluster, where no task can read it by itself."""
     expected, cut = sinks.measure(random_trace("mamba"), n_shifts=19, **FEW), CUTS["a layer, 2 rows"]

@@ -127,7 +127,9 @@ def built(family, what):
     return trace.assign(B=trace["B"].where(trace["position"] > 0, 100 * trace["B"]).transpose(*trace["B"].dims))
 
 
-@pytest.mark.parametrize("family", MIXERS)
+@pytest.mark.parametrize(
+    "family", ["mamba", *(pytest.param(each, marks=pytest.mark.long) for each in MIXERS if each != "mamba")]
+)
 def test_five_other_random_models_lie_in_the_null_range(family):
     for seed in range(20, 25):
         values = summaries(random_trace(family, seed))

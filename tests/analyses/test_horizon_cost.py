@@ -68,6 +68,7 @@ def test_a_layer_too_large_to_hold_gives_the_same(monkeypatch: pytest.MonkeyPatc
     assert max(reads.values()) == 2, "once for horizons, once for single steps"
 
 
+@pytest.mark.long
 def test_memory_grows_with_a_layer_and_not_with_layers() -> None:
     peak(stored(1, 512, 16)[0])  # imports and caches
     one = peak(stored(1, 2048, 16)[0])

@@ -57,7 +57,9 @@ def of_random(family, seed):
     return value[np.isfinite(value)].to_series()
 
 
-@pytest.mark.parametrize("family", MIXERS)
+@pytest.mark.parametrize(
+    "family", ["mamba", *(pytest.param(each, marks=pytest.mark.long) for each in MIXERS if each != "mamba")]
+)
 def test_five_other_random_models_lie_in_the_null_range(family):
     for seed in range(20, 25):
         value = of_random(family, seed)
@@ -150,6 +152,7 @@ def test_weights_of_ones_are_the_same_function():
     torch.testing.assert_close(ones, built, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_signatures_fall_with_the_dose_of_noise():
     """In weights as built, the same noise is a larger dose to `in_proj`, and all but the taps fall at a smaller one."""
     found = [dosed(sigma, 0, unit=False) for sigma in DOSES]

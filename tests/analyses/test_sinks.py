@@ -70,6 +70,7 @@ def test_planted_specialists_are_found_and_no_others():
     assert found["verdict"].values.tolist() == ["a ratio, not a function: no ablation was given"] * 2
 
 
+@pytest.mark.long
 def test_by_chance_one_in_twenty_recordings_has_any_specialist():
     """Family-wise: over 3 layers, 5 heads and 2 classes together, with step sizes that have nothing to do with them."""
     false = 0

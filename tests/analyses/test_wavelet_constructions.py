@@ -90,6 +90,7 @@ def test_random_real_exponentials_need_few_states():
         np.testing.assert_allclose(result[f"layer_null_{name}"], result[f"layer_{name}"], rtol=1e-6)
 
 
+@pytest.mark.long
 def test_exponentials_do_not_reach_what_one_wavelet_is(flat_x):
     trace, read_out = flat_x
     result = wavelet_alignment.measure(

@@ -49,6 +49,7 @@ def peak(trace, **options):
     return result, found, seconds
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_layers_and_rows():
     small, large = (lazy_trace(n, n, 2048, 4) for n in (1, 2))
     wavelet_alignment.measure(small)  # imports and caches
@@ -122,6 +123,7 @@ def test_memory_is_linear_in_tokens():
     assert long < 4.4 * short, "4 times the tokens"
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_queries(monkeypatch):
     monkeypatch.setattr(passes, "HELD", 1)
     trace = lazy_trace(1, 1, 4096, 16)

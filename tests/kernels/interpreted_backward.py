@@ -126,13 +126,12 @@ def main():
         (bare,),
         (double,),
         (summed,),
-        (twice,),
         (parts,),
         (one_token,),
         (narrow, torch.bfloat16),
-        (narrow, torch.float16),
     ]
     whole = sys.argv[1:] == ["all"]
+    cases += [(twice,), (narrow, torch.float16)] if whole else []
     cases += [(alone, name) for name in (ANSWERED[:-1] if whole else ("last_state", "h"))]
     cases += [(block, *row) for row in PAIRWISE]
     if whole:

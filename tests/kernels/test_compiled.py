@@ -93,6 +93,7 @@ def agree(one, other):
     return all((a - b).abs().max() <= 1e-10 * b.abs().max() for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("family", "features"), cases("plain"))
 def test_gradients_are_the_blocks(oracle, capsys, family, features):
     """All at once; the blocks' own are held to finite differences."""

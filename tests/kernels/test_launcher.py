@@ -248,6 +248,6 @@ def test_of_another_order_of_names_the_addresses_are_the_same_arguments():
         assert run[14] - run[13] == launcher.ALIGNED
 
 
-@pytest.mark.parametrize(("given", "cases"), [([], 8), pytest.param(["all"], 14, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("given", "cases"), [([], 6), pytest.param(["all"], 14, marks=pytest.mark.long)])
 def test_a_call_that_is_known_does_what_the_first_did(script, given, cases):
     assert script("interpreted_known.py", *given, TRITON_INTERPRET="1") == ["held"] * cases

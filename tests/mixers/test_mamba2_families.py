@@ -286,7 +286,7 @@ def test_a_float64_model_and_a_bare_mixer(kind):
         assert float(probe.parity(ids, mask)["out_vs_oracle"].max()) <= 2e-6
 
 
-COMPILED = [pytest.param(k, marks=() if k in ("bamba", "falcon_h1 no norm") else pytest.mark.long) for k in KINDS]
+COMPILED = [pytest.param(k, marks=() if k == "falcon_h1 no norm" else pytest.mark.long) for k in KINDS]
 
 
 @pytest.mark.parametrize("kind", COMPILED)

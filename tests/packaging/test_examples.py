@@ -11,14 +11,15 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
 NO_PICTURE = {"record_many_gpus"}
-LONG = {"compare", "receptive_field", "train_recall"}
-"""Half a minute and more."""
+SHORT = {"lti_limits", "record_many_gpus", "what_answers"}
+"""Run by `make test`; all run under long, and the docs build runs those that draw."""
 LINES = 50
 """Of a script of the gallery that are not blank."""
 
 
 @pytest.mark.parametrize(
-    "script", [pytest.param(each, id=each.stem, marks=[pytest.mark.long] * (each.stem in LONG)) for each in EXAMPLES]
+    "script",
+    [pytest.param(each, id=each.stem, marks=[pytest.mark.long] * (each.stem not in SHORT)) for each in EXAMPLES],
 )
 def test_example(script, tmp_path):
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)

@@ -17,7 +17,7 @@ def _fresh():
     torch._dynamo.reset()
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=["mamba", pytest.param("mamba2", marks=pytest.mark.long)])
 def model(request):
     from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 

@@ -167,7 +167,7 @@ def folded(trace, step, reductions):
     return joined([one.result() for one in reductions])
 
 
-@pytest.mark.parametrize("step", [1, 4, 100])
+@pytest.mark.parametrize("step", [4, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 100))])
 def test_the_same_bits_whatever_the_batch_size(reduced, family, step):
     trace, found, _ = reduced(family)
     again = folded(trace, step, [Tally(), *ours()])

@@ -79,6 +79,7 @@ def test_the_column_has_the_values_that_the_construction_states(report):
     assert stored.attrs["trace_model_hash"] in page
 
 
+@pytest.mark.long
 def test_pictures_stand_side_by_side(report, trained, tmp_path):
     alone = tmp_path / "alone"
     assert call("report", trained, *SIZES, "--beside", "none", "-o", alone).exit_code == 0
@@ -92,6 +93,7 @@ def test_pictures_stand_side_by_side(report, trained, tmp_path):
     assert "construction:mamba2, layer 0" in svg
 
 
+@pytest.mark.long
 def test_analyze_goes_on_from_both_and_none_removes_the_earlier_one(report, trained, tmp_path):
     again = tmp_path / "again"
     shutil.copytree(report[0], again)
@@ -105,6 +107,7 @@ def test_analyze_goes_on_from_both_and_none_removes_the_earlier_one(report, trai
     assert not (again / "beside").exists()
 
 
+@pytest.mark.long
 def test_another_vocabulary_has_rows_of_its_own_and_says_so(trained, tmp_path):
     mp.constructions.mqar("mamba1", 16, 16).save(tmp_path / "wider")
     assert call("report", trained, *SIZES, "--beside", tmp_path / "wider", "-o", tmp_path / "out").exit_code == 0
@@ -116,6 +119,7 @@ def test_another_vocabulary_has_rows_of_its_own_and_says_so(trained, tmp_path):
     assert Run.open(tmp_path / "out").beside.interventions["n_correct"].sel(intervention="none").item() == 8
 
 
+@pytest.mark.long
 def test_a_model_that_fails_has_no_circuit_to_compare_and_the_page_says_so(tmp_path):
     torch.manual_seed(0)
     model = blocks.LanguageModel([blocks.MambaBlock(16, d_state=4) for _ in range(2)], 16)

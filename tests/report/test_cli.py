@@ -42,7 +42,7 @@ def letters(folder):
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
 
 
-@pytest.fixture(scope="module", params=["mamba", "mamba2"])
+@pytest.fixture(scope="module", params=["mamba", pytest.param("mamba2", marks=pytest.mark.long)])
 def text_model(request, tmp_path_factory):
     from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 

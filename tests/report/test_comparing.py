@@ -35,7 +35,13 @@ def runs(folders):
     return {name: Run.open(folders / name).with_model() for name in NAMES}
 
 
-@pytest.mark.parametrize("name", ["memory_horizon", "hidden_attention", "state_dynamics", "sinks"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "memory_horizon",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("hidden_attention", "state_dynamics", "sinks")),
+    ],
+)
 def test_runs_are_compared_as_their_reports_measure_them(runs, name):
     variable = {
         "memory_horizon": "layer_forward_restricted_mean", "hidden_attention": "layer_entropy",
@@ -54,6 +60,7 @@ def test_runs_are_compared_as_their_reports_measure_them(runs, name):
     assert found.attrs["paired_by"] == "token_id"
 
 
+@pytest.mark.long
 def test_a_circuit_is_pooled_over_rows_that_are_drawn(runs):
     traces = {label: {"trace": run.trace.compute(), "weights": run.weights} for label, run in runs.items()}
     pooled = mp.compare(recall_circuit, traces, variable="value", select=s3, resample="refit", n_bootstrap=8)
@@ -69,6 +76,7 @@ def s3(result):
     return result.sel(signature=["S1", "S3"])[["value"]]
 
 
+@pytest.mark.long
 def test_traces_in_a_store_are_read_as_those_in_memory(runs):
     lazy = {label: run.trace for label, run in runs.items()}
     assert all(trace["delta"].chunks for trace in lazy.values())
@@ -147,6 +155,7 @@ def test_the_command_says_draws_and_stores_what_differs(folders, tmp_path):
     assert "exists" in again.output
 
 
+@pytest.mark.long
 def test_too_many_differences_for_so_few_rows_are_said(folders, tmp_path):
     done = call("compare", "memory_horizon", folders / "mamba1", folders / "mamba2", "-o", tmp_path)
     assert done.exit_code == 0, done.output

@@ -117,7 +117,7 @@ def _in_window(source, query):
     return source in range(query + 1 - window, query + 1)
 
 
-@pytest.mark.parametrize("name", ["<b>&", "a'b\"c"])
+@pytest.mark.parametrize("name", ["<b>&", pytest.param("a'b\"c", marks=pytest.mark.long)])
 def test_names_are_escaped_in_the_page(name, tmp_path, monkeypatch):
     from mamba_probe.report import analyse, write_report
     from mamba_probe.run import record_task

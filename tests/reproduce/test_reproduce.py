@@ -24,6 +24,7 @@ from mamba_probe.reproduce.trained import checkpoints
 
 FINDINGS = (REPORTED, SHOWN, UNSHOWN, BETWEEN, OUTSIDE, NO_CIRCUIT)
 TRAINED = {"keep": trained_keep, "recall": trained_recall, "analyses": trained_analyses}
+ANALYSED = ("trained-mqar-mamba2", "trained-mqar-no-conv", "trained-mqar-s4d-small")
 COLUMNS = ("what", "mixer", "dtype", "quantity", "estimator", "interval", "null_is", "over", "criterion", "verdict")
 
 
@@ -74,6 +75,7 @@ PLANTED = ("haar", "keep", "mqar", "induction")
 def made(tmp_path_factory, small_zoo):
     models = checkpoints(small_zoo)
     trained = {f"trained-{name}": module.cells(models) for name, module in TRAINED.items()}
+    trained["trained-analyses"] = [cell for cell in trained["trained-analyses"] if cell.build["path"].name in ANALYSED]
     directory, said = tmp_path_factory.mktemp("claims"), []
     return directory, reproduce(list(CLAIMS), directory, cells=quick() | trained, say=said.append), said
 

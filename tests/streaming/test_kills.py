@@ -46,7 +46,7 @@ def assert_part(path, whole):
     return rows
 
 
-@pytest.mark.parametrize("trials", [12, pytest.param(600, marks=[pytest.mark.long, pytest.mark.timeout(3000)])])
+@pytest.mark.parametrize("trials", [6, pytest.param(600, marks=[pytest.mark.long, pytest.mark.timeout(3000)])])
 def test_a_killed_recording_opens_and_resumes_to_the_same_bytes(tmp_path, probe, trials):
     whole = recorded.record_by_two(probe, tmp_path / "whole.zarr").load()
     counts = run(tmp_path, trials, trials, "record")
@@ -74,7 +74,7 @@ def test_killed_again_and_again_it_ends_equal(tmp_path, probe, trials):
         assert recorded.values(tmp_path / f"{trial}.zarr") == recorded.values(tmp_path / "whole.zarr")
 
 
-@pytest.mark.parametrize("trials", [5, pytest.param(300, marks=[pytest.mark.long, pytest.mark.timeout(3000)])])
+@pytest.mark.parametrize("trials", [3, pytest.param(300, marks=[pytest.mark.long, pytest.mark.timeout(3000)])])
 def test_a_growing_store_that_was_killed_opens(tmp_path, probe, trials):
     whole = recorded.grown(probe, tmp_path / "whole.zarr").dataset.load()
     run(tmp_path, trials, trials, "grow")

@@ -27,7 +27,8 @@ __all__ = ["IN_MEMORY", "GrowingSink", "StreamSink"]
 
 IN_MEMORY = 2**30
 """Bytes on their way to a store at a time, where the user names no `max_memory`."""
-WRITERS = 4
+WRITERS = 8
+"""Threads; they wait for the disk more than they compute."""
 AHEAD = 2
 """Blocks that may wait for their entry while the model goes on."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -1,6 +1,5 @@
-"""Zarr stores on disk: one that never answers with anything but what was written, and one that writes it for good."""
+"""A Zarr store on disk that never answers with anything but what was written."""
 
-import asyncio
 import os
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from google_crc32c import value as crc32c
 from zarr.storage import LocalStore
 
-__all__ = ["FlushedStore", "GuardedStore", "damage"]
+__all__ = ["GuardedStore", "damage"]
 
 CHECKSUM = 4
 """Bytes of a chunk's CRC-32C, at its end."""
@@ -49,28 +48,6 @@ class GuardedStore(LocalStore):
                 f"{self.root}: {wrong}. `mamba-probe verify {self.root}` names every damaged chunk; record them again"
             )
         return found
-
-
-class FlushedStore(LocalStore):
-    """Has what it was given on the disk, not only in the system's memory, once it returns."""
-
-    async def set(self, key: str, value: Any) -> None:
-        """See `LocalStore`."""
-        await super().set(key, value)
-        await asyncio.to_thread(_flush, self.root / key)
-
-    def set_sync(self, key: str, value: Any) -> None:
-        """See `LocalStore`."""
-        super().set_sync(key, value)
-        _flush(self.root / key)
-
-
-def _flush(file: Path) -> None:
-    handle = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def damage(key: str, found: Any) -> str:

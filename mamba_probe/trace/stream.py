@@ -11,8 +11,9 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,8 @@ import numpy as np
 import xarray as xr
 
 from mamba_probe.trace.blocks import FINISHED, Block, Drift, committed, journal, write_entry
-from mamba_probe.trace.chunk import write_chunk
+from mamba_probe.trace.chunk import flush, write_chunk
 from mamba_probe.trace.coding import NARROWED, SEAL, check_seal, encoded, jsoned
-from mamba_probe.trace.guarded import FlushedStore
 from mamba_probe.trace.store import seal, zarr_header
 from mamba_probe.trace.writers import Shard, cleared, joined, locked, locked_shard, sweep
 from mamba_probe.untrusted import read_object
@@ -72,7 +72,7 @@ class Stream:
         import zarr
 
         self.path, self._layout, self._locks = path, layout, locks
-        group = zarr.open_group(FlushedStore(path), mode="r+", use_consolidated=False)
+        group = zarr.open_group(path, mode="r+", use_consolidated=False)
         self._labels: dict[str, Any] = dict(group.attrs)
         found: dict[str, Any] = dict(group.arrays())
         self._arrays = {name: array.with_config({"write_empty_chunks": True}) for name, array in found.items()}
@@ -176,7 +176,7 @@ class Stream:
         return np.asarray(self._arrays[name][layer, first : first + rows])
 
     def enter(self, number: int, first: int, rows: xr.Dataset, drift: Mapping[str, Drift]) -> None:
-        """A block's coordinates, and its entry: from here on the store holds it.
+        """A block's coordinates, and, once all of it is on the disk, its entry: from here on the store holds it.
 
         Args:
             number: of the block.
@@ -189,7 +189,18 @@ class Stream:
         for name, variable in coded.variables.items():
             if "batch" in variable.dims:
                 self._put_rows(str(name), at, variable)
+        flush(self._chunks(at.start, at.stop))
         write_entry(self.path, Block(number, first, rows.sizes["batch"], rows.sizes.get("token", 0), drift))
+
+    def _chunks(self, first: int, last: int) -> Iterator[Path]:
+        """The files of rows first to last, without the last."""
+        rows = range(first // self._layout.rows, -(-last // self._layout.rows))
+        for name, array in self._arrays.items():
+            dims = self._dims[name]
+            if "batch" in dims:
+                counts = zip(dims, array.cdata_shape, strict=True)
+                for place in product(*(rows if dim == "batch" else range(n) for dim, n in counts)):
+                    yield self.path.joinpath(name, "c", *map(str, place))
 
     def _put_rows(self, name: str, at: slice, variable: Any) -> None:
         array = self._arrays[name]
@@ -205,6 +216,7 @@ class Stream:
             dims = self._dims[name]
             if {"batch", "token"} & set(dims):
                 array.resize(tuple(self._size[dim] for dim in dims))
+        flush(self.path / name / "zarr.json" for name in self._arrays)
         if len(token) > length:
             self._lengthen(held, length, np.asarray(token))
         seal(self.path)
@@ -217,6 +229,7 @@ class Stream:
             elif "token" in self._dims[name] and held:
                 known = {"batch": slice(held), "token": slice(length, len(token))}
                 array[tuple(known.get(dim, slice(None)) for dim in self._dims[name])] = array.fill_value
+        flush([*self._chunks(0, held), *(self.path / "token" / "c").iterdir()])
 
     def label(self, attrs: Mapping[str, Any]) -> None:
         """Set attributes of the trace that are known only now, with the seal in one rename, a process at a time."""
@@ -251,6 +264,7 @@ def _make(path: Path, first: xr.Dataset, layout: Layout, identity: Mapping[str, 
     zarr.create_group(journal(path), zarr_format=3)
     for name, variable in coded.variables.items():
         _create(group, str(name), variable, layout)
+    flush(file for file in path.rglob("*") if file.is_file())
     seal(path, names=[str(name) for name in coded.variables])
 
 

@@ -149,7 +149,9 @@ def test_tokens_and_channels_are_chosen_in_every_direction(kind):
         np.testing.assert_array_equal(few[name].values, chosen.values)
 
 
-@pytest.mark.parametrize("kind", ["vim", "vim v1", "caduceus", "rcps"])
+@pytest.mark.parametrize(
+    "kind", ["rcps", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("vim", "vim v1", "caduceus"))]
+)
 def test_narrow_and_compiled_models_are_probed_as_they_are(kind):
     model, ids = built(kind), ids_of()
     exact = logits(model, ids)

@@ -286,10 +286,8 @@ def test_a_float64_model_and_a_bare_mixer(kind):
         assert float(probe.parity(ids, mask)["out_vs_oracle"].max()) <= 2e-6
 
 
-COMPILED = [pytest.param(k, marks=() if k == "falcon_h1 no norm" else pytest.mark.long) for k in KINDS]
-
-
-@pytest.mark.parametrize("kind", COMPILED)
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
 def test_one_compiled_graph_also_with_the_gate_opened(kind):
     torch._dynamo.reset()
     model, (ids, _) = families.build(kind), prompt(12, padded=False)

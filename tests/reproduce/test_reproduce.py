@@ -24,7 +24,7 @@ from mamba_probe.reproduce.trained import checkpoints
 
 FINDINGS = (REPORTED, SHOWN, UNSHOWN, BETWEEN, OUTSIDE, NO_CIRCUIT)
 TRAINED = {"keep": trained_keep, "recall": trained_recall, "analyses": trained_analyses}
-ANALYSED = ("trained-mqar-mamba2", "trained-mqar-no-conv", "trained-mqar-s4d-small")
+ANALYSED = ("trained-mqar-mamba2", "trained-mqar-s4d-small")
 COLUMNS = ("what", "mixer", "dtype", "quantity", "estimator", "interval", "null_is", "over", "criterion", "verdict")
 
 
@@ -60,7 +60,8 @@ def quick():
     keep += [
         Cell("Retention", "retention", of("keep", how="retention")[0].criterion, {"length": 256, "n": 245}, {"m": 10})
     ]
-    mqar = [*of("mqar", vocab=128, length=64, batch=64), *of("mqar", writes="add", dtype="float32")]
+    mqar = [replace(cell, task=cell.task | {"batch": 16}) for cell in of("mqar", vocab=128, length=64, batch=64)]
+    mqar += of("mqar", writes="add", dtype="float32")
     mqar += [replace(cell, task=cell.task | {"batch": 16}) for cell in of("mqar", writes="overwrite")]
     mqar += [replace(cell, task=cell.task | {"batch": 32}) for cell in of("mqar", filler="random", vocab=128)]
     mqar += of("mqar", key_code="random", bits=(16, 32))[:1]

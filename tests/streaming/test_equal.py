@@ -113,7 +113,7 @@ def test_compression_loses_nothing(tmp_path, compress):
         assert_same(trace, probe.record(IDS, MASK, **{**options, "store": None}))
 
 
-@pytest.mark.parametrize("compress", [None, "zstd"])
+@pytest.mark.parametrize("compress", [None, pytest.param("zstd", marks=pytest.mark.long)])
 def test_calls_as_they_come_grow_a_store(tmp_path, compress):
     with mp.attach(recorded.model("mamba2")) as probe:
         with probe.recording(variables=ALL) as held:

@@ -1,6 +1,7 @@
 """A full disk, a lost GPU, a slow disk, a second writer: what is whole stays whole, and the fault is said, soon."""
 
 import errno
+import json
 import os
 import resource
 import shutil
@@ -20,7 +21,8 @@ from recorded import IDS, MASK
 import mamba_probe as mp
 from mamba_probe.keeping import Courier
 from mamba_probe.streaming import StreamSink
-from mamba_probe.trace import save
+from mamba_probe.trace import save, stream
+from mamba_probe.trace.blocks import write_entry
 from mamba_probe.trace.memory import n_bytes
 from mamba_probe.trace.stream import Stream
 
@@ -89,6 +91,44 @@ def test_copies_that_never_arrive_are_a_fault_and_no_hang(probe, tmp_path, monke
         probe.record(MANY, batch_size=2, store=tmp_path / "run.zarr")
     monkeypatch.undo()
     ended(tmp_path / "run.zarr", probe, range(4, 10))
+
+
+@pytest.mark.parametrize("compress", [None, "zstd"])
+@pytest.mark.parametrize("growing", [False, True], ids=["record", "recording"])
+def test_an_entry_comes_when_all_of_its_block_is_on_the_disk(growing, compress, probe, tmp_path, monkeypatch):
+    """Each file of its rows was flushed after its last byte, and nothing has written it since."""
+    path, on_disk, seen, fsync = tmp_path / "run.zarr", {}, set(), os.fsync
+
+    def noting(handle):
+        fsync(handle)
+        on_disk[os.fstat(handle).st_ino] = now(os.fstat(handle))
+
+    def now(found):
+        return found.st_size, found.st_mtime_ns
+
+    def files(block=None):
+        """Chunks, of a block alone if one is given."""
+        for file in path.glob("*/c/**/*"):
+            name, _, *place = file.relative_to(path).parts
+            dims = json.loads((path / name / "zarr.json").read_text())["dimension_names"]
+            if not file.is_file() or (block and "batch" not in dims):
+                continue
+            first = int(place[dims.index("batch")]) * (1 if growing else 4) if block else 0
+            if block is None or block.first <= first < block.first + block.rows:
+                yield file
+
+    def entered(store, block):
+        found = {file: on_disk.get(file.stat().st_ino) == now(file.stat()) for file in files(block)}
+        assert found
+        assert all(found.values()), found
+        seen.update(found)
+        write_entry(store, block)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    monkeypatch.setattr(stream, "write_entry", entered)
+    (recorded.grown if growing else recorded.record)(probe, path, compress=compress)
+    assert all(on_disk.get(file.stat().st_ino) == now(file.stat()) for file in files()), "constants, later tokens"
+    assert {file.relative_to(path).parts[0] for file in seen} >= {"delta", "B", "out", "token_id", "valid"}
 
 
 def test_a_fault_of_a_writer_stops_the_model_within_two_blocks(probe, calls, tmp_path, monkeypatch):

@@ -91,6 +91,7 @@ def test_another_number_of_processes_goes_on(whole, begun):
     assert_equal(begun, whole)
 
 
+@pytest.mark.filterwarnings("ignore:.*the recording was broken off")  # filters are one for all threads
 def test_shares_at_the_same_time_label_one_store(tmp_path):
     def edited(path, shard=None):
         with mp.attach(mp.load("zoo:mqar-mamba1")) as probe, probe.edit(mp.ablate("conv")):

@@ -8,7 +8,7 @@ import pytest
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 
-from mamba_probe.trace.chunk import write_chunk
+from mamba_probe.trace.chunk import flush, write_chunk
 
 SHAPE = (1, 3, 4, 5)
 
@@ -47,7 +47,7 @@ def test_a_system_that_takes_little_at_a_time(tmp_path, monkeypatch):
     np.testing.assert_array_equal(made[0:1, :3, :4], values)
 
 
-@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
+@pytest.mark.parametrize("call", ["write", "replace"])
 def test_a_fault_leaves_the_chunk_of_before(tmp_path, monkeypatch, call):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -60,3 +60,16 @@ def test_a_fault_leaves_the_chunk_of_before(tmp_path, monkeypatch, call):
     monkeypatch.undo()
     np.testing.assert_array_equal(made[0:1, :3, :4], before)
     assert [file.name for file in (tmp_path / "a.zarr/c/0/0/0").iterdir()] == ["0"]
+
+
+def test_what_cannot_be_flushed_is_an_error(tmp_path, monkeypatch):
+    files = [tmp_path / name for name in "abc"]
+    for file in files:
+        file.write_bytes(b"1")
+    flushed, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: flushed.append(os.fstat(handle).st_ino) or fsync(handle))
+    flush(files)
+    assert sorted(flushed) == sorted(file.stat().st_ino for file in files)
+    files[1].unlink()
+    with pytest.raises(FileNotFoundError):
+        flush(files)

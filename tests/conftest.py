@@ -1,5 +1,6 @@
 """Fixtures shared by all tests: small live models whose every weight is perturbed (defaults hide bugs); a browser."""
 
+import gc
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,6 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+
+
+def pytest_collectstart() -> None:
+    """Collecting imports a great deal and frees nothing; the garbage collector would look through it all each time."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
 
 
 def perturb(model: nn.Module, seed: int = 0, scale: float = 0.3) -> nn.Module:

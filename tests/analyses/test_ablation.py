@@ -233,7 +233,9 @@ def test_an_ablation_of_something_else_is_refused(planted):
         ablation.measure(trace, ablated=ablated, baseline=trace)
 
 
-@pytest.mark.parametrize("name", ["trained-mqar-mamba2", "trained-mqar-mamba1-small"])
+@pytest.mark.parametrize(
+    "name", ["trained-mqar-mamba1-small", pytest.param("trained-mqar-mamba2", marks=pytest.mark.long)]
+)
 def test_a_run_is_measured_said_and_drawn(name):
     run = record_task(mp.load(f"zoo:{name}"), "mqar", rows=18, length=64)
     assert ANALYSIS.lacks(run) == ""

@@ -184,7 +184,9 @@ def test_decay_statistics_are_means_over_valid_tokens() -> None:
     np.testing.assert_allclose(result.lyapunov, exponent.mean(["batch", "token"]), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("left", "right"), [(5, 0), (0, 7), (3, 4)])
+@pytest.mark.parametrize(
+    ("left", "right"), [(3, 4), *(pytest.param(*one, marks=pytest.mark.long) for one in ((5, 0), (0, 7)))]
+)
 def test_padding_changes_nothing(left: int, right: int) -> None:
     trace = random_trace()
     padded = np.pad(trace["delta"].values, ((0, 0), (0, 0), (left, right), (0, 0)), constant_values=99.0)

@@ -76,6 +76,7 @@ def test_memory_grows_with_a_layer_and_not_with_layers() -> None:
     assert peak(stored(1, 4096, 16)[0]) < 2.4 * one
 
 
+@pytest.mark.long
 def test_memory_is_of_a_block_of_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     peak(stored(1, 512, 16)[0])
     monkeypatch.setattr(f"{LAYER}.LAYER_BYTES", 1)

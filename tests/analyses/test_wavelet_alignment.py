@@ -193,7 +193,9 @@ def test_random_subspaces_meet_their_closed_form() -> None:
 
 
 @pytest.mark.parametrize("head", ["channel", "head"])
-@pytest.mark.parametrize(("left", "right"), [(5, 0), (0, 7), (3, 4)])
+@pytest.mark.parametrize(
+    ("left", "right"), [(3, 4), *(pytest.param(*one, marks=pytest.mark.long) for one in ((5, 0), (0, 7)))]
+)
 def test_padding_changes_nothing(left: int, right: int, head: str) -> None:
     trace = random_trace(head=head)
 

@@ -406,6 +406,9 @@ def test_chosen_channels_and_tokens_are_those_of_the_whole(model):
     np.testing.assert_allclose(part.drop_vars("B_bar").probe.B_bar.values, part["B_bar"].values, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    "family", [pytest.param(each, marks=[pytest.mark.long] * (each != "zamba")) for each in FAMILIES], indirect=True
+)
 def test_analyses_take_the_traces(family, model):
     ids, _ = prompt(40, padded=False)
     with mp.attach(model) as probe:

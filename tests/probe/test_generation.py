@@ -126,6 +126,7 @@ def test_running_beams_and_a_model_whose_cache_is_narrower_than_the_scan(own):
     check_parents(trace, out.beam_indices)
 
 
+@pytest.mark.parametrize("family", ["mamba", pytest.param("mamba2", marks=pytest.mark.long)], indirect=True)
 def test_an_analysis_refuses_rows_that_are_no_sequences(own, tmp_path):
     out, trace = recorded(own, variables=("delta", "A"), store=tmp_path / "beams.zarr", **BEAMS)
     stored = mp.open_trace(tmp_path / "beams.zarr")

@@ -12,9 +12,9 @@ from typing import Any
 import xarray as xr
 
 from mamba_probe.analyses._names import modules
-from mamba_probe.analyses.common.words import Row, listed, name_layers, number, shown, span
+from mamba_probe.analyses.common.words import FEW, Row, listed, name_layers, number, shown, span
 
-__all__ = ["Analysis", "Panel", "Row", "analyses", "listed", "name_layers", "number", "shown", "span"]
+__all__ = ["FEW", "Analysis", "Panel", "Row", "analyses", "listed", "name_layers", "number", "shown", "span"]
 
 
 @dataclass(frozen=True)

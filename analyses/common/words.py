@@ -5,10 +5,13 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-__all__ = ["Row", "listed", "name_layers", "number", "shown", "span"]
+__all__ = ["FEW", "Row", "listed", "name_layers", "number", "shown", "span"]
 
 MOST_LAYERS = 6
 """Layers of a table."""
+FEW = 8
+"""Rows below which a bootstrap over them is too narrow: at 95 % it covers .54 of the time with 2 rows, .79 with 4, .86
+with 8, .92 with 16."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The same measure of several traces, and what each has beyond a reference, with paired intervals."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import comb
 from types import ModuleType
 from typing import Any
@@ -14,7 +14,7 @@ from mamba_probe.analyses.common import described
 from mamba_probe.analyses.comparison import core
 from mamba_probe.analyses.comparison.asking import Label, Subject, asked_labels, asked_measure, asked_subjects
 from mamba_probe.analyses.comparison.estimate import Estimates, Resampling, each, refit
-from mamba_probe.analyses.comparison.layout import LABEL, OTHER, RULE, Layout, layout
+from mamba_probe.analyses.comparison.layout import LABEL, OTHER, RULE, Layout, Unlike, layout
 from mamba_probe.analyses.comparison.pairing import check_paired
 from mamba_probe.trace.contract import unknown_name
 
@@ -45,7 +45,8 @@ def compare(
             Datasets with a dimension `batch`, those in lists and tuples too, are taken by row together; other arguments
             pass whole. Labels that are numbers (training steps) are put in order.
         variable: names of the result's variables; None: numeric `layer_*` that are no null, no end of an interval and
-            no bound. Their other dimensions are kept.
+            no bound, and have the same dimensions and labels in all results: `attrs["left_out"]` names those that have
+            not. Other dimensions are kept.
         reference: label that the others are compared with; None: the first.
         resample: "each": the measure of each row by itself. "refit": rows are drawn and the measure is taken of them
             together, as often as `n_bootstrap` says: for measures that gate or pool; p is of what each row brings
@@ -65,7 +66,8 @@ def compare(
         row that is NaN in either of a pair is left out of its difference; `*_n_rows` counts those that were used.
 
     Raises:
-        ValueError: rows that are not the same prompts; variables that differ in dimensions; names or labels unknown.
+        ValueError: rows that are not the same prompts; variables that were named and differ in dimensions, or all that do; names or
+            labels unknown.
 
     >>> rows = {0: np.zeros(8), 100: np.ones(8)}
     >>> traces = {step: xr.Dataset({"x": ("batch", x)}, {"prompt_id": ("batch", range(8))}) for step, x in rows.items()}
@@ -87,10 +89,12 @@ def compare(
     plan = measured.plan
     if plan is None:
         raise ValueError("nothing was measured")
+    plan, kept = plan.without(measured.left_out)
+    found = found.at(kept)
     attrs = _attrs(resample, how, subjects) | {
         "measure": name, "reference": str(base), "paired_by": by, "compared": ", ".join(plan.templates),
         "variable_rule": RULE if variable is None else "as asked",
-        **_counted(found, how),
+        "left_out": "; ".join(f"{name} ({why})" for name, why in measured.left_out.items()), **_counted(found, how),
     }  # fmt: skip
     coords = {LABEL: labels, OTHER: [label for label in labels if label != base]}
     return described(_entries(plan, found), plan.coords() | coords, attrs)
@@ -98,19 +102,26 @@ def compare(
 
 @dataclass
 class _Measured:
-    """Cells of a label's rows; the first result sets the layout of all."""
+    """Cells of a label's rows; the first result sets the layout of all. What differs is left out, unless asked for."""
 
     subjects: Mapping[Label, Subject]
     variable: str | Sequence[str] | None
     select: Callable[[xr.Dataset], xr.Dataset] | None
     plan: Layout | None = None
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Variable -> what of it differs, where first."""
 
     def __call__(self, label: Label, rows: Int[np.ndarray, " row"] | None) -> Float[np.ndarray, " cell"]:
         result = self.subjects[label].of(rows)
         if self.plan is None:
             self.plan = layout(result, self.variable, self.select)
         which = "" if rows is None else f", row {rows[0]}" if len(rows) == 1 else ", rows drawn"
-        return self.plan.cells(result, f"{label!r}{which}")
+        cells, unlike = self.plan.cells(result)
+        self.left_out = {name: f"{label!r}{which}: {why}" for name, why in unlike.items()} | self.left_out
+        alike = [name for name in self.plan.templates if name not in self.left_out]
+        if unlike and (self.variable is not None or not alike):
+            raise Unlike(f"{label!r}{which}", unlike, alike)
+        return cells
 
 
 def _asked_resampling(resample: str, statistic: str, paired: bool, n_bootstrap: int | None, seed: int) -> Resampling:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from mamba_probe.analyses.comparison import core
 from mamba_probe.analyses.comparison.asking import Label
@@ -24,6 +24,10 @@ class Estimate:
     low: Cells
     high: Cells
 
+    def at(self, cells: Bool[np.ndarray, " cell"]) -> "Estimate":
+        """Those of some cells."""
+        return Estimate(self.value[:, cells], self.low[:, cells], self.high[:, cells])
+
 
 @dataclass(frozen=True)
 class Estimates:
@@ -40,6 +44,11 @@ class Estimates:
         """From (value, low, high) of each label, and (value, low, high, n_rows, n_infinite, p) of each difference."""
         difference, low, high, n_rows, n_infinite, p = np.stack(differences, axis=1)
         return cls(Estimate(*np.stack(values, axis=1)), Estimate(difference, low, high), n_rows, n_infinite, p)
+
+    def at(self, cells: Bool[np.ndarray, " cell"]) -> "Estimates":
+        """Those of some cells."""
+        counted = (part[:, cells] for part in (self.n_rows, self.n_infinite, self.p))
+        return Estimates(self.values.at(cells), self.differences.at(cells), *counted)
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,38 @@
 """Which variables of a result are compared, and their entries as one row of cells."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from mamba_probe.trace.contract import unknown_name
 
-__all__ = ["LABEL", "OTHER", "RULE", "Layout", "layout"]
+__all__ = ["LABEL", "OTHER", "RULE", "Layout", "Unlike", "layout"]
 
 LABEL, OTHER = "trace", "other"
 """Dimensions of a comparison: every label, and every label but the reference."""
 _ENDS = ("_low", "_high", "_at_least", "_at_most")
 RULE = "numeric `layer_*` that are no null, no end of an interval and no bound (_low, _high, _at_least, _at_most)"
 """What is compared unless `variable` says otherwise."""
+
+
+class Unlike(ValueError):
+    """Variables that differ between results, and what can be compared instead.
+
+    Attributes:
+        found: what differs, and which variables are alike, without advice.
+    """
+
+    def __init__(self, whose: str, unlike: Mapping[str, str], alike: Sequence[str]):
+        differ = "; ".join(f"{name} ({difference})" for name, difference in unlike.items())
+        self.found = (
+            f"variables of {whose} are not those of the first result: {differ}; alike are {', '.join(alike) or 'none'}"
+        )
+        super().__init__(f"{self.found}. Name others, variable=..., or reduce them with select=, Dataset -> Dataset")
 
 
 @dataclass(frozen=True)
@@ -32,27 +47,26 @@ class Layout:
         """Entries of all variables."""
         return sum(template.size for template in self.templates.values())
 
-    def cells(self, result: xr.Dataset, whose: str) -> Float[np.ndarray, " cell"]:
-        """The entries of a result.
+    def cells(self, result: xr.Dataset) -> tuple[Float[np.ndarray, " cell"], dict[str, str]]:
+        """The entries of a result, and which variables it lacks or has over other dimensions or labels: these are NaN.
 
-        Raises:
-            ValueError: variables that it lacks, or has over other dimensions or labels.
+        Returns:
+            The entries; variable -> what of it differs.
         """
-        found, unlike = chosen(result, self.select), []
+        found, unlike, parts = chosen(result, self.select), {}, []
         for name, template in self.templates.items():
-            if name not in found.data_vars:
-                unlike.append(f"{name} (absent)")
-            elif difference := _unlike(template, _array(found, name)):
-                unlike.append(f"{name} ({difference})")
-        if unlike:
-            alike = [name for name in self.templates if not any(text.startswith(f"{name} (") for text in unlike)]
-            raise ValueError(
-                f"variables of {whose} are not those of the first result: {'; '.join(unlike)}. Name others"
-                f" (variable=...; alike are {', '.join(alike) or 'none'}), or reduce them with select=, a function"
-                " Dataset -> Dataset"
-            )
-        parts = [_array(found, name).transpose(*template.dims).values for name, template in self.templates.items()]
-        return np.concatenate([np.ravel(part).astype(np.float64) for part in parts])
+            array = _array(found, name) if name in found.data_vars else None
+            if difference := "absent" if array is None else _unlike(template, array):
+                unlike[name] = difference
+            same = None if name in unlike or array is None else array.transpose(*template.dims).values
+            parts.append(np.full(template.size, np.nan) if same is None else np.ravel(same).astype(np.float64))
+        return np.concatenate(parts), unlike
+
+    def without(self, names: Collection[str]) -> tuple["Layout", Bool[np.ndarray, " cell"]]:
+        """The layout of the other variables, and which cells are theirs."""
+        kept = {name: template for name, template in self.templates.items() if name not in names}
+        theirs = [np.full(template.size, name in kept) for name, template in self.templates.items()]
+        return Layout(kept, self.select), np.concatenate(theirs)
 
     def shaped(
         self, cells: Float[np.ndarray, "first cell"], dim: str

@@ -50,11 +50,20 @@ def _sentence(result: xr.Dataset) -> str:
     layers = result["layer"].values
     median, least = (result[f"layer_forward_horizon{end}"].sel(quantile=0.5).values for end in ("", "_at_least"))
     order = np.lexsort((least, median))
-    said = [
-        f"{_median(result, layer)} tokens in layer {layer} (time-invariant {_median(result, layer, 'null_lti')})"
-        for layer in dict.fromkeys(layers[order[[0, -1]]].tolist())
-    ]
-    return f"The median write decays to 1/e after {' and '.join(said)}."
+    ends = dict.fromkeys(layers[order[[0, -1]]].tolist())
+    return " ".join(_told(result, layer) for layer in ends)
+
+
+def _told(result: xr.Dataset, layer: int) -> str:
+    """Of one layer: its median beside both nulls, or that its rows are too short for one."""
+    lti, shuffled = (_median(result, layer, f"null_{which}") for which in ("lti", "shuffle"))
+    one, nulls = result.sel(layer=layer, quantile=0.5), f"time-invariant {lti}, steps shuffled {shuffled}"
+    if np.isfinite(one["layer_forward_horizon"].item()):
+        return f"Layer {layer}: the median write decays to 1/e after {_median(result, layer)} tokens ({nulls})."
+    outlast = f"{one['layer_forward_censored_share'].item():.0%} of its writes outlast their rows"
+    if lti.startswith("at least"):
+        return f"Layer {layer}: cannot be told on rows this short: {outlast}, and time-invariant the median does too."
+    return f"Layer {layer}: {outlast}: the median write lives {_median(result, layer)} tokens ({nulls})."
 
 
 def _median(result: xr.Dataset, layer: int, which: str = "forward") -> str:

@@ -11,6 +11,7 @@ import xarray as xr
 
 from mamba_probe.analyses.common import style
 from mamba_probe.analyses.recall_circuit.distance import distance
+from mamba_probe.analyses.recall_circuit.verdict import after
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,13 +24,15 @@ MOST = 0.9
 
 @dataclass(frozen=True)
 class Part:
-    """A box: its name, what it does, the signatures that may measure it (the first one measured counts), and edits.
+    """A box: its name, what it does, or does not, the signatures that may measure it (the first one measured counts),
+    and edits.
 
     `through` names the variable that says which channels or states it runs through.
     """
 
     name: str
     does: str
+    fails: str
     signatures: tuple[str, ...]
     edits: tuple[str, ...]
     through: str
@@ -39,12 +42,18 @@ class Part:
 
 SHIFTS = ("S11_B", "S10_rel", "S11_x", "S10_x1")
 PARTS = (
-    Part("shift", "the key comes to the write", SHIFTS, ("ablate(conv)",), "shifted", 0, 0),
-    Part("write", "pairs are written, others not", ("S7",), ("freeze(B)", "freeze(delta)"), "carried", 1, 0),
-    Part("retain", "the write lasts to the query", ("S4",), ("ablate(decay)",), "carried", 2, 0),
-    Part("match", "the query finds its pair", ("S6", "S13"), ("freeze(C)",), "matched", 0, 1),
-    Part("gate", "keys and queries open it", ("S9",), ("ablate(gate)",), "carried", 1, 1),
-    Part("read out", "the write names the value", ("S3",), (), "carried", 2, 1),
+    Part("shift", "the key comes to the write", "the key does not come to the write",
+         SHIFTS, ("ablate(conv)",), "shifted", 0, 0),
+    Part("write", "pairs are written, others not", "pairs are not singled out",
+         ("S7",), ("freeze(B)", "freeze(delta)"), "carried", 1, 0),
+    Part("retain", "the write lasts to the query", "the write fades before the query",
+         ("S4",), ("ablate(decay)",), "carried", 2, 0),
+    Part("match", "the query finds its pair", "the query does not find its pair",
+         ("S6", "S13"), ("freeze(C)",), "matched", 0, 1),
+    Part("gate", "keys and queries open it", "keys do not open it more",
+         ("S9",), ("ablate(gate)",), "carried", 1, 1),
+    Part("read out", "the write names the value", "the write does not name the value",
+         ("S3",), (), "carried", 2, 1),
 )  # fmt: skip
 WIDTH, HEIGHT, GAP = 0.285, 0.33, 0.05
 
@@ -92,8 +101,9 @@ def parts(result: xr.Dataset, layer: int) -> list[tuple[Part, list[str], bool]]:
         if not known:
             continue
         row = table.sel(signature=known[0])
-        lines = [part.does, _measured(known[0], row), *_caused(result, part.edits), *_through(one, part.through)]
-        found.append((part, lines, bool(row["distance"].item() < 0.5)))
+        near = bool(row["distance"].item() < 0.5)
+        measured = [_measured(known[0], row), *_caused(result, part.edits), *_through(one, part.through)]
+        found.append((part, [part.does if near else part.fails, *measured], near))
     return found
 
 
@@ -178,7 +188,7 @@ def _caption(ax: "Axes", result: xr.Dataset, layer: int) -> None:
     one = result.sel(layer=layer)
     model = f"{result.attrs['model']}, " if result.attrs.get("model") else ""
     pair = one.sel(signature="S1")
-    head = f"{model}layer {layer}, written {one['offset'].item()} token(s) after the value"
+    head = f"{model}layer {layer}, written {after(one['offset'].item())}"
     score = f"pair accuracy S1 = {pair['value'].item():.2f} (null {pair['null'].item():.2f}), task accuracy "
     ax.text(0.02, 0.985, head, va="top", weight="bold")
     ax.text(0.02, 0.925, score + f"{result['accuracy'].item():.2f}", va="top", fontsize="small", color="0.3")

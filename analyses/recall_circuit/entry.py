@@ -31,7 +31,7 @@ def _says(result: xr.Dataset) -> tuple[str, list[Row]]:
     if not bool(result["solved"]):
         return result.attrs["verdict"], [accuracy] if result["n_query"].item() else []
     layer = result.isel(layer=int(result["strongest"].values.argmax()))
-    rows = [accuracy]
+    rows = []
     table = distance(result).sel(layer=layer["layer"])
     for signature in layer["signature"].values[layer["absent"].values == ""]:
         one = layer.sel(signature=signature)
@@ -41,6 +41,7 @@ def _says(result: xr.Dataset) -> tuple[str, list[Row]]:
         label, value = f"{signature}: {one['label'].item()}", number(one["value"].item())
         null = number(one["null"].item()) + twin
         rows.append(Row(label, value, null, span(one["low"].item(), one["high"].item()), detail=ideal))
+    rows.append(accuracy)
     for name in result["intervention"].values if "causal_share" in result else ():
         one = result.sel(intervention=name)
         interval = span(one["causal_low"].item(), one["causal_high"].item())

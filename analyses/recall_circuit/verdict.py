@@ -6,13 +6,29 @@ from mamba_probe.analyses.recall_circuit.asked import Asked
 from mamba_probe.analyses.recall_circuit.scoring import Scores
 from mamba_probe.analyses.recall_circuit.signatures import IDS
 
-__all__ = ["RULE", "is_found", "nearest_layer", "say"]
+__all__ = ["RULE", "after", "is_found", "nearest_layer", "say"]
 
 RULE = (
     "a circuit is found when S1 and S3 of the strongest layer, at their lower bounds (values, without bounds), "
     "lie nearer to 1 than to their nulls, the randomised twin's where those are higher; it matches in the state when "
     "S6 does so too, and elsewhere (in channels, gates, step sizes or decay) when S6 does not or is not defined"
 )
+
+
+MEANS = {
+    "S1": "of all pairs the right one adds most to the answer",
+    "S3": "that pair alone names the value",
+    "S6": "the query's C matches its B best",
+}
+
+
+def after(offset: int) -> str:
+    """Where a pair is written.
+
+    >>> after(0), after(1), after(2)
+    ('at the value', '1 token after the value', '2 tokens after the value')
+    """
+    return f"{offset} token{'s' * (offset > 1)} after the value" if offset else "at the value"
 
 
 def nearest_layer(scores: Scores) -> int:
@@ -43,9 +59,9 @@ def say(scores: Scores, twin: Scores | None, best: int, layers: np.ndarray, aske
         value, null = (array[IDS.index(name), best] for array in (scores.value, scores.null))
         if twin:
             null = max(null, twin.value[IDS.index(name), best])
-        parts.append(f"{name} {value:.2f} (null {null:.2f})")
+        parts.append(f"{MEANS[name]} ({name} {value:.2f}, null {null:.2f})")
     where = "in the state" if _nearer_to_one(scores, twin, best, "S6") else "outside the state (B and C do not tell)"
-    head = f"recall circuit in layer {layers[best]}, written {scores.offset[best]} token(s) after the value"
+    head = f"recall circuit in layer {layers[best]}, written {after(int(scores.offset[best]))}"
     head = f"{head}, matched {where}"
     if not is_found(scores, twin, best):
         head = f"the task is solved, but no layer shows the key-value circuit; the nearest is layer {layers[best]}"

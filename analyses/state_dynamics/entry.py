@@ -7,14 +7,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from mamba_probe.analyses.common.analysis import Analysis, Panel, Row, listed, number, shown, span
+from mamba_probe.analyses.common.analysis import FEW, Analysis, Panel, Row, listed, number, shown, span
 from mamba_probe.analyses.state_dynamics.measure import measure
 from mamba_probe.analyses.state_dynamics.plot import plot
 
 __all__ = ["ANALYSIS"]
-
-FEW = 8
-"""Rows below which an interval is said to be too narrow."""
 
 
 def _of_run(run: Any, seed: int) -> xr.Dataset:

@@ -32,6 +32,11 @@ _ALIGNMENT = (
 )
 
 
+NULL = {"null_": "time-invariant"}
+BESIDE = {"null_shuffle_": "steps shuffled", "baseline_": "untrained"}
+"""The other nulls that a layer has, by the prefix of their names."""
+
+
 def _says(result: xr.Dataset) -> tuple[str, list[Row]]:
     rows = []
     for layer in shown(result):
@@ -39,24 +44,41 @@ def _says(result: xr.Dataset) -> tuple[str, list[Row]]:
         for name, what in _ALIGNMENT:
             value, null = one[f"layer_{name}"].item(), one[f"layer_null_{name}"].item()
             interval = span(one[f"layer_{name}_low"].item(), one[f"layer_{name}_high"].item())
-            rows.append(Row(what, number(value), number(null), interval, layer))
+            others = "".join(
+                f"; {which} {number(one[f'layer_{prefix}{name}'].item())}"
+                for prefix, which in BESIDE.items()
+                if f"layer_{prefix}{name}" in one
+            )
+            rows.append(Row(what, number(value), f"time-invariant {number(null)}{others}", interval, layer))
         dead = f"{int(one['n_dead'].sum())} of {one['best_cosine'].size}"
         rows.append(Row("kernels without energy, left out", dead, layer=layer))
-    cosine, null = (result[f"layer_{which}best_cosine"].values for which in ("", "null_"))
+    cosine = result["layer_best_cosine"].values
     live = np.flatnonzero(~np.isnan(cosine))
     if not live.size:
         return f"{name_layers(result)}: no kernel has energy at the query, so nothing is measured.", rows
     ends = dict.fromkeys([live[cosine[live].argmin()], live[cosine[live].argmax()]])
     layers = result["layer"].values
-    said = [f"{number(float(cosine[i]))} in layer {layers[i]} ({_frozen(float(null[i]))})" for i in ends]
+    said = "; ".join(f"{number(float(cosine[i]))} in layer {layers[i]}, {_beside(result.isel(layer=i))}" for i in ends)
     dead = f" {len(cosine) - live.size} layer(s) have no kernel with energy." if live.size < len(cosine) else ""
-    spike = f" A kernel that is one single token scores {number(result['spike_best_cosine'].item())}."
     head = f"Mean |cos| of the executed kernels with their best single {result.attrs['wavelet']} wavelet"
-    return f"{head}: {' to '.join(said)}.{spike}{dead}{listed(result)}", rows
+    return f"{head}: {said}.{dead}{listed(result)}", rows
 
 
-def _frozen(null: float) -> str:
-    return "no energy once time-invariant" if np.isnan(null) else f"once time-invariant {number(null)}"
+def _beside(one: xr.Dataset) -> str:
+    """Above which of the others a layer's interval lies (its value, where there is none), and above which not."""
+    low, value = one["layer_best_cosine_low"].item(), one["layer_best_cosine"].item()
+    others = {which: one[f"layer_{prefix}best_cosine"].item() for prefix, which in (NULL | BESIDE).items()
+              if f"layer_{prefix}best_cosine" in one}  # fmt: skip
+    others["a single token"] = one["spike_best_cosine"].item()
+    least = value if np.isnan(low) else low
+    above = [f"{which} ({_energy(null)})" for which, null in others.items() if not least <= null]
+    below = [f"{which} ({_energy(null)})" for which, null in others.items() if least <= null]
+    parts = [f"above {' and '.join(above)}"] * bool(above) + [f"not above {' and '.join(below)}"] * bool(below)
+    return ", but ".join(parts)
+
+
+def _energy(null: float) -> str:
+    return "no energy" if np.isnan(null) else number(null)
 
 
 def _panels(results: Sequence[xr.Dataset]) -> tuple[Panel, ...]:
@@ -76,9 +98,11 @@ ANALYSIS = Analysis(
         " coefficient, of the scaling function, which is no wavelet."
     ),
     picture=(
-        "Curves: the share of a kernel's energy in its largest wavelet coefficients; the further to the left a"
-        " curve reaches 1, the fewer wavelets make the kernel. Orange is the time-invariant null, grey the steps"
-        " shuffled, green the untrained twin. Marks, of several layers: |cos| with the best single wavelet; the grey"
+        "Curves: the share of a kernel's energy in its largest wavelet coefficients; the further to the left a curve"
+        " reaches 1, the fewer wavelets make the kernel. Of a model of one layer, orange is the time-invariant null,"
+        " grey the steps shuffled, green the untrained twin, and pink the same kernels in the DFT instead. Of one of"
+        " several layers, each layer has its shade (the bar on the right), solid as executed, dashed once"
+        " time-invariant. Marks, of several layers: |cos| with the best single wavelet, in the first colours; the grey"
         " line is a kernel that is one token."
     ),
     of_run=_of_run,

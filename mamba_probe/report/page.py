@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from mamba_probe.analyses.common.analysis import number
+from mamba_probe.analyses.common.analysis import FEW, number
 from mamba_probe.pages import Table, picture, read_template, write_page
 from mamba_probe.reference import describe, is_closed_form
 from mamba_probe.report.figures import draw
@@ -39,6 +39,7 @@ def write_report(
     model, titles = str(run.trace.attrs["model"]), [(each["name"], each["finding"].title) for each in sections]
     return write_page(
         directory / "report.html", read_template("report.html"), model=model, subject=_subject(run.trace),
+        few=_few(run.trace.sizes["batch"]),
         title=f"{model} on {_given(run.trace)}: findings of mamba_probe",
         contents=[("found", "In short"), *titles, ("parity", "Parity"), ("provenance", "Provenance")],
         sections=sections, beside=other, figures=figures, stored=stored,
@@ -84,6 +85,11 @@ def _beside(run: Run) -> dict[str, str] | None:
         "column": "construction" if is_closed_form(name, given) else "beside it",
         "layer": "the only layer" if trace.sizes["layer"] == 1 else "the layer of the same number",
     }
+
+
+def _few(rows: int) -> str:
+    """So many rows, where a bootstrap over them is too narrow."""
+    return f"{rows} rows" if 1 < rows < FEW else ""
 
 
 def _subject(trace: xr.Dataset) -> str:

@@ -164,7 +164,7 @@ def test_the_planted_circuit_is_recovered_exactly(result: xr.Dataset):
         assert at(result, name) == pytest.approx(1.0, abs=1e-12), name
     assert result.offset.values.tolist() == [0]
     assert at(result, "S8") == pytest.approx(0.0, abs=1e-12)
-    assert result.verdict.startswith("recall circuit in layer 3, written 0 token(s) after the value")
+    assert result.verdict.startswith("recall circuit in layer 3, written at the value")
     assert float(result.identity_error[0]) < 1e-12
 
 

@@ -63,7 +63,7 @@ def test_every_signature_is_at_the_ideal_it_states(name, measured):
 @pytest.mark.parametrize("name", CASES)
 def test_the_circuit_is_recognised_wherever_it_matches(name, measured):
     _, result = measured(name)
-    assert result.verdict.startswith("recall circuit in layer 0, written 0 token(s) after the value, matched ")
+    assert result.verdict.startswith("recall circuit in layer 0, written at the value, matched ")
     in_state = not any(word in name for word in ("s4d", "overwrite", "special"))
     assert ("matched in the state" in result.verdict) == in_state
     assert ("S6" in result.verdict.split(";")[0]) == ("s4d" not in name)

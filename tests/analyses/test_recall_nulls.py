@@ -196,9 +196,7 @@ def test_a_trained_model_is_scored_where_it_writes():
     assert found.offset.item() == 1
     assert value["S1"] > 0.95
     assert value["S3"] > 0.95
-    assert found.verdict.startswith(
-        "recall circuit in layer 0, written 1 token(s) after the value, matched in the state"
-    )
+    assert found.verdict.startswith("recall circuit in layer 0, written 1 token after the value, matched in the state")
     assert 2 * found["null"].sel(signature="S2").item() < value["S2"] < 0.9, "a trained model is near it, not at it"
     assert value["S11_B"] > 0.3
     early = recall_circuit.measure(trace, weights=weights, offsets=(0,))

@@ -49,7 +49,9 @@ def test_a_layer_that_forgets_nothing_is_said_to():
 
 def test_a_known_horizon_is_stated_with_its_equivalent():
     said = finding("memory_horizon", memory_horizon.measure(make_trace([[0.25] * 64] * 3)))
-    assert said.sentence == "The median write decays to 1/e after 4 tokens in layer 0 (time-invariant 4)."
+    assert (
+        said.sentence == "Layer 0: the median write decays to 1/e after 4 tokens (time-invariant 4, steps shuffled 4)."
+    )
     assert said.rows[0].value == "4"
     assert {row.value for row in said.rows if "gain" in row.what} == {"1"}
     many = finding("memory_horizon", memory_horizon.measure(make_trace([[0.25] * 64] * 3, n_layers=8)))
@@ -63,7 +65,10 @@ def test_a_censored_median_is_a_bound_and_each_layer_speaks_for_itself():
     trace["A"][1] = -300.0
     result = memory_horizon.measure(trace)
     said = finding("memory_horizon", result)
-    assert "after 4 tokens in layer 3 (time-invariant 4) and at least 32 tokens in layer 0" in said.sentence
+    assert (
+        "Layer 3: the median write decays to 1/e after 4 tokens (time-invariant 4, steps shuffled 4)." in said.sentence
+    )
+    assert "Layer 0: cannot be told on rows this short: 100% of its writes outlast" in said.sentence
     shares = {row.what: row.value for row in said.rows if "beyond" in row.what}
     assert shares["layer 0: horizons beyond the recording"] == "100%"
     assert shares["layer 3: horizons beyond the recording"] != "100%"
@@ -75,6 +80,7 @@ def test_a_gain_whose_horizon_is_censored_is_a_bound():
     gain = next(row for row in said.rows if "gain" in row.what)
     least = sorted([1] * 9 + list(range(1, 56)))  # nine tokens die at once, the others outlast the row
     assert gain.value == f"at least {least[31]}"
+    assert "86% of its writes outlast their rows: the median write lives at least" in said.sentence
     assert gain.null.startswith("time-invariant 1; shuffled ")
     assert "beyond" not in gain.null
 
@@ -85,7 +91,20 @@ def test_a_dead_layer_is_named_beside_a_live_one():
     said = finding("wavelet_alignment", wavelet_alignment.measure(trace))
     assert "in layer 0" in said.sentence
     assert "1 layer(s) have no kernel with energy" in said.sentence
-    assert "one single token scores 0.707" in said.sentence
+
+
+def test_what_a_kernel_is_not_above_is_said():
+    """One token after another alike: shuffling changes nothing, and a kernel of one token has a larger cosine."""
+    result = wavelet_alignment.measure(make_trace([[0.05] * 32] * 3))
+    said = finding("wavelet_alignment", result)
+    value, shuffled = (number(result[f"layer_{which}best_cosine"].item()) for which in ("", "null_shuffle_"))
+    assert value == shuffled
+    assert f"{value} in layer 0, not above time-invariant ({value}) and steps shuffled" in said.sentence
+    sharp = finding("wavelet_alignment", result.assign(layer_best_cosine_low=("layer", [0.9])))
+    assert f"above time-invariant ({value}) and steps shuffled ({value}) and a single token (0.707)." in sharp.sentence
+    assert "not above" not in sharp.sentence
+    row = said.rows[0]
+    assert row.null == f"time-invariant {value}; steps shuffled {value}"
 
 
 def test_kernels_without_energy_are_said_to_be():

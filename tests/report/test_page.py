@@ -111,10 +111,11 @@ def test_a_pictures_text_holds_the_numbers_of_the_result(made):
     horizon, cosine = results["memory_horizon"], results["wavelet_alignment"]
     at_least = horizon["layer_forward_horizon_at_least"].sel(quantile=0.5).item()
     assert f"median horizon, tokens at least {number(at_least)} (null time-invariant" in texts["memory_horizon"]
-    values = (number(cosine[f"layer_{name}best_cosine"].item()) for name in ("", "null_"))
+    kinds = ("", "null_", "null_shuffle_", "baseline_")
+    value, lti, shuffled, twin = (number(cosine[f"layer_{name}best_cosine"].item()) for name in kinds)
     ends = (number(cosine[f"layer_best_cosine_{end}"].item()) for end in ("low", "high"))
-    value, null = values
-    said = f"|cos| with the best single wavelet {value} (null {null}; 95 % interval {' to '.join(ends)})"
+    nulls = f"time-invariant {lti}; steps shuffled {shuffled}; untrained {twin}"
+    said = f"|cos| with the best single wavelet {value} (null {nulls}; 95 % interval {' to '.join(ends)})"
     assert said in texts["wavelet_alignment"]
     signature = results["recall_circuit"].sel(signature="S2", layer=0)
     assert f"{number(signature['value'].item())} (null {number(signature['null'].item())}" in texts["recall_circuit"]
@@ -219,3 +220,12 @@ def test_the_script_is_small_and_no_json_is_in_it():
     assert len(script) < 4000
     assert not re.search(r"innerHTML|eval|Function\(|fetch|XMLHttp|import\(|localStorage", script)
     assert json.dumps(script).isascii()
+
+
+@pytest.mark.parametrize(("rows", "said"), [(1, False), (2, True), (7, True), (8, False)])
+def test_few_rows_are_said_to_make_intervals_too_narrow(tmp_path, rows, said):
+    """A percentile bootstrap of two rows is the two values."""
+    task = mp.tasks.mqar(batch=rows, length=16, n_pairs=2, vocab=8, seed=0)
+    page = write_report(record_given(load_beside("construction:mamba1", 8), task), {}, tmp_path).read_text()
+    assert (f"Of {rows} rows an interval is" in page) == said
+    assert ("too narrow" in page) == said

@@ -8,7 +8,7 @@ from rich.table import Column, Table
 from mamba_probe import cli_completing as completing
 from mamba_probe.cli_options import LOAD_MODELS, OUT, OVERWRITE, SEED
 from mamba_probe.cli_recording import quiet_transformers
-from mamba_probe.cli_steps import answered, command, or_else, out, progress
+from mamba_probe.cli_steps import answered, command, headed, or_else, out, progress
 
 __all__ = ["asked", "compare_command"]
 
@@ -61,6 +61,7 @@ def compare_command(
       mamba-probe compare memory_horizon 0=start 500=half 1000=end --variable layer_selectivity_gain -o training
     """
     from mamba_probe import compare
+    from mamba_probe.analyses.comparison import Unlike
     from mamba_probe.report import caution, differences, draw_comparison, labelled
     from mamba_probe.trace.store import check_free as check_store_free
     from mamba_probe.trace.store import save
@@ -73,10 +74,13 @@ def compare_command(
             given = labelled(runs, load_models)
         asked(name)
         say(f"measuring {name} of each")
-        result = compare(
-            name, given, variable=variable or None, reference=next(iter(given)), resample=resample,
-            paired=not unpaired, seed=seed,
-        )  # fmt: skip
+        try:
+            result = compare(
+                name, given, variable=variable or None, reference=next(iter(given)), resample=resample,
+                paired=not unpaired, seed=seed,
+            )  # fmt: skip
+        except Unlike as error:
+            raise ValueError(f"{error.found}. Name others, --variable NAME") from None
         save(result, out_dir / f"{name}.nc", overwrite=overwrite)
         say("drawing")
         paths = draw_comparison(result, out_dir, name)
@@ -93,4 +97,6 @@ def compare_command(
         table.add_row(*row)
     out.print(table)
     out.print(caution(result), soft_wrap=True)
+    if left_out := result.attrs["left_out"]:
+        out.print(headed("left out, unlike in the runs", left_out), highlight=False, soft_wrap=True)
     out.print(str(out_dir / f"{name}.nc"), *(str(path) for path in paths), sep="\n", highlight=False, soft_wrap=True)

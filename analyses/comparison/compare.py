@@ -66,8 +66,8 @@ def compare(
         row that is NaN in either of a pair is left out of its difference; `*_n_rows` counts those that were used.
 
     Raises:
-        ValueError: rows that are not the same prompts; variables that were named and differ in dimensions, or all that do; names or
-            labels unknown.
+        ValueError: rows that are not the same prompts; variables that were named and differ in dimensions, or all
+            differ; names or labels unknown.
 
     >>> rows = {0: np.zeros(8), 100: np.ones(8)}
     >>> traces = {step: xr.Dataset({"x": ("batch", x)}, {"prompt_id": ("batch", range(8))}) for step, x in rows.items()}

@@ -1,5 +1,7 @@
 """Runs beside one another: any analysis of them by `mp.compare`, and `mamba-probe compare`."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -128,6 +130,42 @@ def test_what_runs_cannot_be_asked(runs, name, change, options, match):
     of = {label: run.trace if label in change else run for label, run in runs.items()}
     with pytest.raises(ValueError, match=match):
         mp.compare(name, of, **options)
+
+
+def uneven(trace):
+    """Means that all rows have, and one over as many lags as the row has pairs of tokens."""
+    row = trace["row"].item()
+    return xr.Dataset({"layer_mean": float(row), "layer_by_lag": ("lag", np.full(5 + row // 2, 1.0 + row))})
+
+
+def test_what_is_unlike_in_some_rows_is_left_out_and_named_unless_it_was_asked_for():
+    of = {name: xr.Dataset({"row": ("batch", range(4))}, {"prompt_id": ("batch", range(4))}) for name in NAMES}
+    found = mp.compare(uneven, of, n_bootstrap=20)
+    alone = mp.compare(uneven, of, variable="layer_mean", n_bootstrap=20)
+    assert found.attrs["left_out"] == "layer_by_lag ('mamba1', row 2: 6 of `lag`, not 5)"
+    assert alone.attrs["left_out"] == ""
+    xr.testing.assert_equal(found, alone)
+    assert found.attrs["n_comparisons"] == "1", "what is left out is not tested"
+    with pytest.raises(comparison.Unlike, match=r"row 2.*layer_by_lag .6 of `lag`, not 5.; alike are layer_mean"):
+        mp.compare(uneven, of, variable=["layer_by_lag", "layer_mean"], n_bootstrap=20)
+
+
+def test_the_command_names_what_it_leaves_out(folders, tmp_path, monkeypatch):
+    def of_run(run, seed):
+        row = int((run.trace["token_id"].values == TASK.input_ids).all(1).argmax())
+        return uneven(xr.Dataset({"row": row}))
+
+    uneven_one = replace(analyses()["memory_horizon"], of_run=of_run)
+    monkeypatch.setattr("mamba_probe.analyses.comparison.asking.analyses", lambda: {"memory_horizon": uneven_one})
+    asked = ("compare", "memory_horizon", folders / "mamba1", folders / "mamba2", "-o", tmp_path)
+    done = call(*asked)
+    assert done.exit_code == 0, done.output
+    assert "left out, unlike in the runs: layer_by_lag ('mamba1', row 2: 6 of `lag`, not 5)" in done.stdout
+    assert "layer_by_lag" not in open_dataset(tmp_path / "memory_horizon.nc")
+    refused = call(*asked, "--overwrite", "--variable", "layer_by_lag")
+    assert refused.exit_code == 2
+    assert "alike are none. Name others, --variable NAME" in refused.stderr
+    assert "select=" not in refused.stderr
 
 
 def test_a_run_that_lacks_something_is_named(runs):

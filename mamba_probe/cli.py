@@ -34,7 +34,7 @@ from mamba_probe.cli_options import (
 )
 from mamba_probe.cli_recording import NO_MODEL, check_alone, check_free, place, quiet_transformers, recorded
 from mamba_probe.cli_reduce import reduce_command
-from mamba_probe.cli_steps import answered, command, err, headed, lines, or_else, out, progress
+from mamba_probe.cli_steps import answered, command, headed, lines, or_else, out, progress
 from mamba_probe.cli_verify import verify_command
 
 __all__ = ["app", "main"]
@@ -217,7 +217,7 @@ def reproduce_command(
 
     names = list(CLAIMS) if what is What.all else [what.value]
     quiet_transformers()
-    with progress() if err.is_terminal else lines() as say:
+    with progress() as say:
         results = reproduce(names, out_dir, seed=seed, overwrite=overwrite, say=say)
     for name, result in results.items():
         out.print(headed(name, sentence(result.rows)), highlight=False, soft_wrap=True)

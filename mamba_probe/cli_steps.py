@@ -80,17 +80,21 @@ def or_else(
 
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """One line a step, with its time; on stderr, so that output can be piped."""
+    """One line a step, with its time, on stderr; where that is no terminal, a plain line as each step begins."""
+    if not err.is_terminal:  # a bar would be written once, at its end
+        with lines() as say:
+            yield say
+        return
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=err) as bar:
         running: list[Any] = []
 
-        def say(step: str) -> None:
+        def begin(step: str) -> None:
             if running:
                 bar.update(running[-1], total=1, completed=1)
             running.append(bar.add_task(visible(step), total=None))
 
-        yield say
+        yield begin
         if running:
             bar.update(running[-1], total=1, completed=1)
 

@@ -82,6 +82,9 @@ def test_the_report_on_a_task(task_report):
     said = re.sub(r"base64,[^\"]*|<script>.*?</script>", "", page, flags=re.S)
     assert not re.search(r"\bnan\b", said, re.IGNORECASE)
     assert "Recall circuit in layer 0" in done.stdout
+    steps = done.stderr.splitlines()
+    assert {"loading zoo:mqar-mamba1", *(f"measuring {name}" for name in RESULTS), "drawing"} <= set(steps)
+    assert len(steps) == len(set(steps)), "each once"
 
 
 def test_a_report_is_not_overwritten_unasked_and_is_when_asked(task_report):

@@ -17,6 +17,7 @@ from mamba_probe.analyses._names import names
 from mamba_probe.analyses.common.analysis import analyses
 from mamba_probe.cli import app
 from mamba_probe.cli_options import Task, What
+from mamba_probe.cli_steps import progress
 
 COMMANDS = typer.main.get_command(app).commands
 ROOT = Path(__file__).parents[2]
@@ -53,6 +54,17 @@ def test_help_has_examples_that_parse(name):
 def test_an_example_with_a_wrong_option_does_not_parse():
     with pytest.raises(Exception, match="No such option"):
         COMMANDS["record"].make_context("record", ["zoo:mqar-mamba1", "--tsk", "mqar", "-o", "run"])
+
+
+# -- steps ----------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_terminal_a_step_is_a_plain_line_as_it_begins(capsys):
+    with progress() as say:
+        say("loading")
+        assert capsys.readouterr().err == "loading\n"
+        say("[b]drawing")
+    assert capsys.readouterr().err == "[b]drawing\n", "once, and as it is"
 
 
 # -- completion -----------------------------------------------------------------------------------------------------

@@ -158,8 +158,8 @@ def _share(result: xr.Dataset, ax: Any) -> None:
     ax.set_ylim(0.0, 1.0)
     ax.xaxis.set_major_formatter("{x:g}")
     longest = result.attrs["longest_row"]
-    ax.set_xlabel(f"tokens, up to what every median is measured to (the longest row holds {longest})")
-    ax.set_ylabel("share of channels and states whose\nmedian horizon is longer (no interval)")
+    ax.set_xlabel(f"tokens (rows hold {longest}; drawn as far as every median is measured)")
+    ax.set_ylabel("share of channels and states with a\nlonger median horizon (no interval)")
     style.frame(ax)
 
 

@@ -35,6 +35,8 @@ _ALIGNMENT = (
 NULL = {"null_": "time-invariant"}
 BESIDE = {"null_shuffle_": "steps shuffled", "baseline_": "untrained"}
 """The other nulls that a layer has, by the prefix of their names."""
+ROUNDING = 1e-6
+"""Cosines that are no further apart are equal."""
 
 
 def _says(result: xr.Dataset) -> tuple[str, list[Row]]:
@@ -70,11 +72,15 @@ def _beside(one: xr.Dataset) -> str:
     others = {which: one[f"layer_{prefix}best_cosine"].item() for prefix, which in (NULL | BESIDE).items()
               if f"layer_{prefix}best_cosine" in one}  # fmt: skip
     others["a single token"] = one["spike_best_cosine"].item()
-    least = value if np.isnan(low) else low
+    least = (value if np.isnan(low) else low) - ROUNDING
     above = [f"{which} ({_energy(null)})" for which, null in others.items() if not least <= null]
     below = [f"{which} ({_energy(null)})" for which, null in others.items() if least <= null]
-    parts = [f"above {' and '.join(above)}"] * bool(above) + [f"not above {' and '.join(below)}"] * bool(below)
+    parts = [f"above {_and(above)}"] * bool(above) + [f"not above {_and(below)}"] * bool(below)
     return ", but ".join(parts)
+
+
+def _and(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
 
 
 def _energy(null: float) -> str:
@@ -100,7 +106,7 @@ ANALYSIS = Analysis(
     picture=(
         "Curves: the share of a kernel's energy in its largest wavelet coefficients; the further to the left a curve"
         " reaches 1, the fewer wavelets make the kernel. Of a model of one layer, orange is the time-invariant null,"
-        " grey the steps shuffled, green the untrained twin, and pink the same kernels in the DFT instead. Of one of"
+        " grey the steps shuffled, green (baseline) the untrained twin, and pink the same kernels in the DFT. Of one of"
         " several layers, each layer has its shade (the bar on the right), solid as executed, dashed once"
         " time-invariant. Marks, of several layers: |cos| with the best single wavelet, in the first colours; the grey"
         " line is a kernel that is one token."

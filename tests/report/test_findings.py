@@ -99,9 +99,9 @@ def test_what_a_kernel_is_not_above_is_said():
     said = finding("wavelet_alignment", result)
     value, shuffled = (number(result[f"layer_{which}best_cosine"].item()) for which in ("", "null_shuffle_"))
     assert value == shuffled
-    assert f"{value} in layer 0, not above time-invariant ({value}) and steps shuffled" in said.sentence
+    assert f"{value} in layer 0, not above time-invariant ({value}), steps shuffled" in said.sentence
     sharp = finding("wavelet_alignment", result.assign(layer_best_cosine_low=("layer", [0.9])))
-    assert f"above time-invariant ({value}) and steps shuffled ({value}) and a single token (0.707)." in sharp.sentence
+    assert f"above time-invariant ({value}), steps shuffled ({value}) and a single token (0.707)." in sharp.sentence
     assert "not above" not in sharp.sentence
     row = said.rows[0]
     assert row.null == f"time-invariant {value}; steps shuffled {value}"

@@ -14,7 +14,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from mamba_probe.arguments import whole
-from mamba_probe.corpora import Corpus, Document, token_ids
+from mamba_probe.corpora import Corpus, Document, check_known, n_unknown, token_ids
 from mamba_probe.mixers.offload import place
 from mamba_probe.tasks import Task
 from mamba_probe.trace.contract import unknown_name
@@ -270,6 +270,7 @@ def _from_text(text: Sequence[str], tokenizer: Any) -> ModelInput:
     empty = [i for i, row in enumerate(rows) if not len(row)]
     if empty:
         raise ValueError(f"text {empty[0]} has no tokens: an empty sequence cannot be recorded")
+    check_known(sum(n_unknown(row, tokenizer) for row in rows), sum(map(len, rows)), "text")
     length = max(map(len, rows))
     ids, mask = np.zeros((len(rows), length), np.int64), np.zeros((len(rows), length), np.int64)
     pieces = np.full((len(rows), length), "", dtype=object)

@@ -21,6 +21,7 @@ import xarray as xr
 from torch import nn
 
 from mamba_probe import again, blocks, provenance, tasks
+from mamba_probe.corpora import CONVERT, check_known, n_unknown
 from mamba_probe.edits import ablate, freeze
 from mamba_probe.inputs import Labelled
 from mamba_probe.mixers.offload import place
@@ -207,15 +208,19 @@ class Text:
         try:
             ids = self.tokenizer(Path(self.path).read_text(encoding="utf-8"))["input_ids"]
         except UnicodeDecodeError as error:
-            raise ValueError(f"{self.path} is not UTF-8 text: {error}") from error
+            raise ValueError(f"{self.path} is not UTF-8 text: {error}; {CONVERT}") from error
         if not ids:
             raise ValueError(f"{self.path} has no tokens: an empty sequence cannot be recorded")
+        check_known(n_unknown(ids, self.tokenizer), len(ids), str(self.path))
         used = ids[: self.length * self.rows]
         if len(used) > self.length and len(used) % self.length < SHORTEST_ROW:
             used = used[: len(used) - len(used) % self.length]
         if min(len(used), self.length) < SHORTEST_ROW:
             shortest = f"rows of at least {SHORTEST_ROW} tokens are needed"
-            raise ValueError(f"{self.path} gives rows of {min(len(used), self.length)} token(s); {shortest}")
+            more = "longer rows (--length)" if self.length < SHORTEST_ROW else "a longer text"
+            raise ValueError(
+                f"{self.path} gives rows of {min(len(used), self.length)} token(s); {shortest}: give {more}"
+            )
         shape = (ceil(len(used) / self.length), min(self.length, len(used)))
         flat = np.zeros(shape[0] * shape[1], np.int64)
         flat[: len(used)] = used

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from mamba_probe.corpora.reading import Document, documents, named, token_ids
+from mamba_probe.corpora.reading import Document, check_known, documents, n_unknown, named, token_ids
 from mamba_probe.corpora.spool import Spool
 from mamba_probe.progress import bar
 from mamba_probe.trace.contract import unknown_name
@@ -83,6 +83,8 @@ class _Counts:
     truncated_tokens: int = 0
     split_documents: int = 0
     skipped_documents: int = 0
+    tokenised: int = 0
+    unknown: int = 0
     largest: int = 0
     longest: int = 0
 
@@ -107,6 +109,7 @@ class Corpus:
         flat, rows = Spool(np.int32), tuple(Spool(np.int64) for _ in range(4))
         with bar(f"reading {source}", None, progress) as step:
             counts = _spooled(given, tokenizer, layout, flat, rows, step)
+        check_known(counts.unknown, counts.tokenised, source)
         self._flat = flat.read()
         self._start, self._size, self._document, self._offset = (spool.read() for spool in rows)
         self.n_documents, self.largest_id = counts.documents, counts.largest
@@ -239,6 +242,8 @@ def _spooled(
     counts = _Counts()
     for number, document in enumerate(given):
         ids = token_ids(document, tokenizer)
+        if isinstance(document.content, str):
+            counts.tokenised, counts.unknown = counts.tokenised + len(ids), counts.unknown + n_unknown(ids, tokenizer)
         step("")
         if not len(ids):
             _skip(document.place, layout, counts)

@@ -1,6 +1,7 @@
 """Documents from wherever a user has them: text files, JSONL, folders of these, any iterable; one after another."""
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
@@ -11,13 +12,18 @@ from jaxtyping import Int
 
 from mamba_probe.trace.contract import nearest, unknown_name
 
-__all__ = ["SAMPLE_BY", "Document", "documents", "named", "token_ids"]
+__all__ = ["SAMPLE_BY", "Document", "check_known", "documents", "n_unknown", "named", "token_ids"]
 
 JSONL = (".jsonl", ".ndjson")
 TEXT = (".txt", ".text", ".md", ".rst")
 SAMPLE_BY = ("document", "line")
 LARGEST = 2**31 - 1
 """Largest token id that is kept."""
+UNKNOWN = 0.01
+"""Share of tokens that the tokenizer does not know, above which it is said."""
+_ADDED = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+"""Tokens that a tokenizer may add to a text."""
+CONVERT = "convert it first, as in `iconv -f latin1 -t utf-8 FILE > NEW` with the encoding that it has"
 
 
 class Document(NamedTuple):
@@ -99,7 +105,7 @@ def _text(path: Path, sample_by: str) -> Iterator[Document]:
                     found = True
                     yield Document(line.rstrip("\r\n"), f"{path} line {number}")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text: {error}; convert it first") from error
+            raise ValueError(f"{path} is not UTF-8 text: {error}; {CONVERT}") from error
     if not found:
         raise ValueError(f"{path} is empty: it holds no line that is not blank")
 
@@ -115,7 +121,7 @@ def _jsonl(path: Path, field: str | None) -> Iterator[Document]:
             try:
                 item = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
-                raise ValueError(f"{place} is not UTF-8 text: {error}; convert the file first") from error
+                raise ValueError(f"{place} is not UTF-8 text: {error}; {CONVERT}") from error
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{place} is not JSON: {error}") from error
             if not isinstance(item, dict):
@@ -175,3 +181,42 @@ def _tokenised(text: str, tokenizer: Any, place: str) -> Any:
         raise ValueError(f"{place} is no text that UTF-8 can hold: {error}") from error
     found: Any = tokenizer(text)
     return found["input_ids"]
+
+
+def n_unknown(ids: Any, tokenizer: Any) -> int:
+    """How many of a text's ids are the tokenizer's unknown token; 0 where it has none, or adds the same to a text.
+
+    >>> class Words:
+    ...     unk_token_id = 0
+    >>> n_unknown([3, 0, 0], Words()), n_unknown([3, 0, 0], None)
+    (2, 0)
+    """
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is None or unknown in [getattr(tokenizer, name, None) for name in _ADDED]:
+        return 0
+    return int((np.asarray(ids) == unknown).sum())
+
+
+def check_known(n: int, n_tokens: int, place: str) -> None:
+    """Warn where more than UNKNOWN of a text's tokens are the tokenizer's unknown token.
+
+    Args:
+        n: unknown tokens.
+        n_tokens: all tokens.
+        place: where the text came from.
+
+    Raises:
+        ValueError: all are.
+
+    >>> check_known(1, 1000, "notes.txt")
+    >>> check_known(8, 8, "notes.txt")
+    Traceback (most recent call last):
+    ...
+    ValueError: notes.txt: all 8 tokens are the tokenizer's unknown token: is it the one the model was trained with?
+    """
+    ask = "is it the one the model was trained with?"
+    if n and n == n_tokens:
+        raise ValueError(f"{place}: all {n:,} tokens are the tokenizer's unknown token: {ask}")
+    if n > UNKNOWN * n_tokens:
+        share = f"{n:,} of {n_tokens:,} tokens ({n / n_tokens:.1%})"
+        warnings.warn(f"{place}: {share} are the tokenizer's unknown token: {ask}", stacklevel=2)

@@ -24,6 +24,12 @@ class Letters:
         return ["<eos>" if i == 0 else chr(96 + i) if i < 27 else "?" for i in ids]
 
 
+class Known(Letters):
+    """Which says that 27 is its unknown token."""
+
+    unk_token_id = 27
+
+
 TOKENS = Letters()
 DOCUMENTS = ["abc", "de", "fghijklm", "n", "opqr"]
 
@@ -314,3 +320,31 @@ def test_memory_does_not_grow_with_the_corpus(monkeypatch):
     (small, few), (large, many) = peak(400), peak(4000)
     assert many > 9 * few
     assert large < small + 80_000, (small, large)  # a bar keeps 1000 times; 32 bytes a document would be seen
+
+
+# -- what the tokenizer does not know -----------------------------------------------------------------------------
+
+
+def read_as_text(text, tokenizer):
+    with mp.attach(mp.load("zoo:mqar-mamba1")) as probe:
+        return probe.record(text=[text], tokenizer=tokenizer, variables=["delta"])
+
+
+def read_as_corpus(text, tokenizer):
+    return mp.corpus([text[:40], text[40:]], tokenizer=tokenizer, layout="packed", length=8)
+
+
+@pytest.mark.parametrize("read", [read_as_text, read_as_corpus])
+def test_unknown_tokens_are_counted_and_said(read):
+    read("a" * 98 + "b?", Known())  # 1 of 100: not above the share
+    with pytest.warns(UserWarning, match=r"2 of 100 tokens \(2.0%\) are the tokenizer's unknown token"):
+        read("a" * 98 + "??", Known())
+    with pytest.raises(ValueError, match="all 60 tokens are the tokenizer's unknown token"):
+        read("A" * 60, Known())
+    read("A" * 60, TOKENS)  # has no unknown token, as far as it says
+
+
+def test_a_token_that_is_added_to_texts_is_no_unknown_one():
+    shared = Known()
+    shared.eos_token_id = 27  # as in GPT-NeoX's
+    read_as_corpus("A" * 60, shared)

@@ -32,15 +32,23 @@ from mamba_probe.cli_options import (
     Backend,
     What,
 )
-from mamba_probe.cli_recording import NO_MODEL, check_alone, check_free, place, quiet_transformers, recorded
+from mamba_probe.cli_recording import (
+    NO_MODEL,
+    check_alone,
+    check_free,
+    or_else_no_model,
+    place,
+    quiet_transformers,
+    recorded,
+)
 from mamba_probe.cli_reduce import reduce_command
-from mamba_probe.cli_steps import answered, command, headed, lines, or_else, out, progress
+from mamba_probe.cli_steps import Commands, answered, command, headed, lines, or_else, out, progress
 from mamba_probe.cli_verify import verify_command
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    cls=Commands, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False,
     help="Look inside trained Mamba models: record delta, A_bar, B and C, and measure what input selectivity does.\n\n"
     "Start with: [bold]mamba-probe report zoo:trained-mqar-mamba1 --task mqar -o report[/bold]",
 )  # fmt: skip
@@ -244,7 +252,7 @@ def inspect(
     from mamba_probe.report.inspecting import described, points
 
     quiet_transformers()
-    with or_else(NO_MODEL[0]):
+    with or_else_no_model(model, NO_MODEL[:1]):
         loaded = load(model)
     with attach(loaded) as probe:
         out.print(repr(probe), highlight=False)

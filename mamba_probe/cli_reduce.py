@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from mamba_probe.cli_options import BACKEND, MODEL, OUT, OVERWRITE, SEED, TOKENIZER, Backend
-from mamba_probe.cli_steps import answered, or_else, out, progress
+from mamba_probe.cli_steps import answered, out, progress
 
 __all__ = ["reduce_command"]
 
@@ -69,7 +69,7 @@ def reduce_command(
       mamba-probe reduce DIRECTORY --text notes/ --layout packed --length 1024 -o sizes
     """
     from mamba_probe import corpus, reduce
-    from mamba_probe.cli_recording import NO_MODEL, quiet_transformers
+    from mamba_probe.cli_recording import or_else_no_model, quiet_transformers
     from mamba_probe.loading import load, load_tokenizer
     from mamba_probe.probe import attach
     from mamba_probe.run import randomised_twin
@@ -79,7 +79,7 @@ def reduce_command(
     path = check_free(out_dir / RESULT, overwrite)
     with progress() as say:
         say(f"loading {model}")
-        with or_else(*NO_MODEL):
+        with or_else_no_model(model):
             loaded = load(model)
         words = load_tokenizer(tokenizer or model)
         say(f"reading {text}")

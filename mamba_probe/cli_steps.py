@@ -1,6 +1,8 @@
 """How a command says what it does, and what was wrong with what it was given."""
 
+import re
 import shlex
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -10,10 +12,11 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
+from typer.core import TyperGroup
 
 from mamba_probe.visible import visible
 
-__all__ = ["Terminal", "answered", "command", "err", "headed", "lines", "or_else", "out", "progress"]
+__all__ = ["Commands", "Terminal", "answered", "command", "err", "headed", "lines", "or_else", "out", "progress"]
 
 
 class Terminal(Console):
@@ -44,16 +47,49 @@ def answered(command: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return command(*args, **kwargs)
-        except (ValueError, OSError) as error:
-            err.print("error:", style="bold red", end=" ")
-            err.print(str(error), highlight=False, soft_wrap=True)
-            for line in getattr(error, "__notes__", ()):
-                err.print(headed("try", line), highlight=False, soft_wrap=True)
-            raise typer.Exit(2) from None
+        with warnings.catch_warnings():
+            warnings.showwarning = _warned
+            try:
+                return command(*args, **kwargs)
+            except (ValueError, OSError) as error:
+                err.print("error:", style="bold red", end=" ")
+                err.print(str(error), highlight=False, soft_wrap=True)
+                for line in getattr(error, "__notes__", ()):
+                    err.print(headed("try", line), highlight=False, soft_wrap=True)
+                raise typer.Exit(2) from None
 
     return run
+
+
+def _warned(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning is one line: where in our code it was given helps nobody here."""
+    err.print(headed("warning", message), highlight=False, soft_wrap=True)
+
+
+class Commands(TyperGroup):
+    """Commands whose options say of a wrong choice which is the nearest."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = _nearest(error.message)
+            raise
+
+
+def _nearest(message: str) -> str:
+    """What Typer says of a wrong choice, without the words of the library it checks with, and the nearest.
+
+    >>> _nearest("Value error, 'mqr' is not one of 'mqar'.")
+    "'mqr' is not one of 'mqar': did you mean 'mqar'?"
+    """
+    from mamba_probe.trace.contract import nearest
+
+    message = message.removeprefix("Value error, ")
+    found = re.fullmatch(r"'(.*)' is not one of (.*)\.", message)
+    near = nearest(found[1], re.findall("'([^']*)'", found[2])) if found else ""
+    return f"{message.removesuffix('.')}: {near}" if near.startswith("did you") else message
 
 
 def command(*words: object) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ def task_report(tmp_path_factory):
     return directory, done
 
 
-def letters(folder):
+def letters(folder, **special):
     """A tokenizer of single letters, saved."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -39,7 +40,7 @@ def letters(folder):
     vocab = {"?": 0} | {letter: i + 1 for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz .\n")}
     words = Tokenizer(models.WordLevel(vocab, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module", params=["mamba", pytest.param("mamba2", marks=pytest.mark.long)])
@@ -165,6 +166,39 @@ def test_a_last_row_too_short_to_measure_is_left_out_and_said_to_be(text_model, 
     assert "2 tokens of the file left out" in (out / "report.html").read_text()
 
 
+def test_unknown_tokens_are_said_in_one_line_and_a_text_of_them_is_refused(text_model, tmp_path):
+    letters(tmp_path / "words", unk_token="?")
+    (tmp_path / "upper.txt").write_text("THE CAT " * 10 + "sat")
+    options = ("--text", tmp_path / "upper.txt", "--tokenizer", tmp_path / "words", "--length", 40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        done = call("record", text_model, *options, "-o", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert "upper.txt: 60 of 83 tokens (72.3%) are the tokenizer's unknown token" in line
+    (tmp_path / "upper.txt").write_text("THE" * 10)
+    done = call("record", text_model, *options, "-o", tmp_path / "other")
+    assert done.exit_code == 2
+    assert "upper.txt: all 30 tokens are the tokenizer's unknown token" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"the cat sat o", "gives rows of 13 token(s); rows of at least 16 tokens are needed: give a longer text"),
+        (b"caf\xe9 " * 9, "is not UTF-8 text"),
+        (None, "is a directory: --text takes one file"),
+    ],
+)
+def test_a_text_that_cannot_be_read_says_what_to_do(text_model, tmp_path, content, message):
+    text = tmp_path / "notes"
+    text.mkdir() if content is None else text.write_bytes(content)
+    done = call("record", text_model, "--text", text, "-o", tmp_path / "run")
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert ("iconv -f latin1 -t utf-8 FILE" in done.stderr) == ("UTF-8" in message)
+
+
 def test_zoo_doctor_version_and_help():
     assert "zoo:mqar-mamba1" in call("zoo").stdout
     doctor = call("doctor").stdout
@@ -187,9 +221,13 @@ def test_zoo_doctor_version_and_help():
             "no checkpoint is named 'mqar-mamba2'; did you mean 'mqar-mamba1'",
         ),
         (["report", "absent/folder/here", "--task", "mqar"], "no such directory"),
-        (["report", "zoo:mqar-mamba1", "--task", "copy"], "copy"),
+        (["report", "zoo:mqar-mamba1", "--task", "copy"], "'copy' is not one of 'mqar'. "),
+        (["report", "zoo:mqar-mamba1", "--task", "mqr"], "'--task': 'mqr' is not one of 'mqar': did you mean 'mqar'?"),
         (["report", "zoo:mqar-mamba1", "--text", "absent.txt"], "no text file at absent.txt"),
-        (["report", "zoo:mqar-mamba1", "--text", README], "zoo:mqar-mamba1 has no tokenizer"),
+        (
+            ["report", "zoo:mqar-mamba1", "--text", README],
+            "zoo:mqar-mamba1 has no tokenizer and no vocabulary of text: its ids are those of its task, mqar",
+        ),
         (["report", "zoo:mqar-mamba1", "--text", README, "--task", "mqar"], "got both"),
         (["report", "zoo:mqar-mamba1", "--task", "mqar", "--n-pairs", "1"], "n_pairs is at least 2"),
         (["report", "zoo:mqar-mamba1", "--task", "mqar", "--length", "8"], "length"),

@@ -12,11 +12,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import mamba_probe as mp
 from mamba_probe import cli_completing, zoo
 from mamba_probe.analyses._names import names
 from mamba_probe.analyses.common.analysis import analyses
 from mamba_probe.cli import app
 from mamba_probe.cli_options import Task, What
+from mamba_probe.cli_recording import _in_python
 from mamba_probe.cli_steps import progress
 
 COMMANDS = typer.main.get_command(app).commands
@@ -194,13 +196,19 @@ def test_bash_completes():
          "try: mamba-probe inspect DIRECTORY, for"),
         (["record", "zoo:mqar-mamba1"], "either --task mqar or --text FILE; got neither",
          "try: mamba-probe record zoo:mqar-mamba1 --task mqar -o run"),
+        (["report", "zoo:mqar-mamba1"], "either --task mqar or --text FILE; got neither",
+         "try: mamba-probe report zoo:mqar-mamba1 --task mqar -o report"),
+        (["record", "zoo:trained-induction-mamba1", "--task", "mqar"], "needs vocab // 2 - 1 >= n_keys",
+         "names the task induction, and this command draws only mqar:"
+         " mp.attach(mp.load('zoo:trained-induction-mamba1'))"
+         ".record(mp.tasks.induction(batch=64, length=256, vocab=16, occurrences=1, special=0))"),
         (["analyze", "sinks", "an absent run"], "holds no run (no trace.zarr)",
          "try: mamba-probe record MODEL --task mqar -o 'an absent run'"),
         (["report", "zoo:mqar-mamba1", "--task", "mqar", "--analyses", "sinkz"],
          "unknown analysis 'sinkz': did you mean 'sinks'", "try: mamba-probe analyze --help, for all of them"),
         (["compare", "sinks", "absent", "absent2"], "holds no run", "try: mamba-probe record MODEL --task mqar -o RUN"),
     ],
-    ids=["zoo", "model", "task", "run", "analysis", "compare"],
+    ids=["zoo", "model", "task", "report", "other task", "run", "analysis", "compare"],
 )  # fmt: skip
 def test_an_error_says_what_to_type_next(arguments, wrong, next_line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -209,6 +217,21 @@ def test_an_error_says_what_to_type_next(arguments, wrong, next_line, tmp_path, 
     assert wrong in said(done.stderr)
     assert next_line in said(done.stderr)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_call_for_another_task_is_one_that_runs():
+    (line,) = _in_python("zoo:trained-keep-mamba1-64", Task.mqar)
+    code = re.search(r"mp\.attach\(.*\)\), after", line)[0].removesuffix(", after")
+    assert eval(code, {"mp": mp}).sizes["token"] == 64
+    assert _in_python("zoo:trained-mqar-mamba1", Task.mqar) == _in_python("a/model", Task.mqar) == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "notes.txt"])
+def test_what_ships_is_not_said_where_a_directory_is_there_and_wrong(name, tmp_path):
+    (tmp_path / name).write_text("{")
+    done = call("record", tmp_path, "--task", "mqar", "-o", tmp_path / "run")
+    assert done.exit_code == 2
+    assert "try:" not in done.stderr
 
 
 def test_a_model_to_inspect_that_is_not_there():

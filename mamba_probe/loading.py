@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mamba_probe.formats import files, placing, recognise, refuse_family
-from mamba_probe.formats.fields import refuse_counts
-from mamba_probe.formats.recipe import refuse_nonfinite
+from mamba_probe.formats.fields import refuse_counts, with_sizes
+from mamba_probe.formats.recipe import refuse_nonfinite, refuse_wrapped
 from mamba_probe.formats.releases import warn_of_known_errors
 from mamba_probe.untrusted import inside
 
@@ -81,12 +81,17 @@ def load(
     refuse_family(config or {}, where)
     weight_files = files.find_weights(path) if path.is_dir() else [path]
     weights = files.read_weights(weight_files)
+    refuse_wrapped(weights, where)
     refuse_nonfinite(weights, where)
     refuse_counts(config or {}, len(weights), where)
     form = recognise(config, weights, where)
     if dtype is not None:
         _cast(weights, dtype, where)
-    module: Any = form.convert(config or {}, weights, where).fill(where).to(place).eval()
+    recipe = form.convert(config or {}, weights, where)
+    try:
+        module: Any = recipe.fill(where).to(place).eval()
+    except ValueError as error:
+        raise with_sizes(error, config or {}, weights, where) from None
     if device_map is not None:
         module = placing.dispatch(module, device_map)
     warn_of_known_errors(module, where)
@@ -130,8 +135,9 @@ def load_tokenizer(source: str | os.PathLike[str], revision: str | None = None) 
         tokenizer = AutoTokenizer.from_pretrained(str(path or source), revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{source}: no tokenizer could be loaded without running code of its own: {error}\n"
-            "Give a directory with tokenizer.json, or the hub id of one ('EleutherAI/gpt-neox-20b' for state-spaces)."
+            f"{source}: no tokenizer could be loaded without running code of its own. Name the one the model was"
+            " trained with, a directory with tokenizer.json or a hub id ('EleutherAI/gpt-neox-20b' for state-spaces;"
+            f" --tokenizer DIR_OR_HUB_ID on the command line). The cause: {error}"
         ) from error
     if not tokenizer("a b")["input_ids"]:  # what transformers makes up where it finds no vocabulary
         raise ValueError(

@@ -5,12 +5,18 @@ from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from torch import Tensor
+
 from mamba_probe.blocks import MOST
 
-__all__ = ["MOST_LAYERS", "refuse_counts", "refuse_unknown", "refuse_values", "rename", "whole"]
+__all__ = ["MOST_LAYERS", "refuse_counts", "refuse_unknown", "refuse_values", "rename", "whole", "with_sizes"]
 
 MOST_LAYERS = 1024
 """Layers that a config may name beyond the tensors it has: a module is built for each before shapes are compared."""
+_WIDTHS = ("d_model", "hidden_size", "dim", "n_embd")
+_DEPTHS = ("n_layer", "n_layers", "num_layers", "num_hidden_layers")
+_EMBEDDING = re.compile(r"(^|\.)(embeddings?|embed_tokens|word_embeddings)\.weight$")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _COUNT = re.compile(r"(^|_)(layers?|blocks|depth)$")
 
 
@@ -34,6 +40,30 @@ def refuse_counts(config: Mapping[str, Any], n_tensors: int, where: str) -> None
             refuse_counts(value, n_tensors, where)
         elif _COUNT.search(str(name)) and isinstance(value, int) and value > max(n_tensors, MOST_LAYERS):
             raise ValueError(f"{where}: config.json: {name}={value}, but the weights are {n_tensors} tensors.")
+
+
+def with_sizes(error: ValueError, config: Mapping[str, Any], weights: Mapping[str, Tensor], where: str) -> ValueError:
+    """The error of weights that do not fit, led by the width and the number of layers, where config and file differ.
+
+    Source: ours.
+
+    Example:
+        >>> print(with_sizes(ValueError("no fit"), {"d_model": 8}, {"embedding.weight": Tensor(5, 4)}, "here"))
+        here: config.json has d_model 8, the embedding in the file has 4.
+        no fit
+    """
+    width = next((tensor.shape[-1] for name, tensor in weights.items() if _EMBEDDING.search(name)), None)
+    layers = {found[1] for name in weights if (found := _LAYER.search(name))}
+    said = [
+        f"{where}: config.json has {name} {value}, the embedding in the file has {width}."
+        for name, value in config.items()
+        if name in _WIDTHS and width not in (None, value)
+    ] + [
+        f"{where}: config.json has {name} {value}, the file has {len(layers)} layers."
+        for name, value in config.items()
+        if name in _DEPTHS and layers and value != len(layers)
+    ]
+    return ValueError("\n".join([*said, str(error)])) if said else error
 
 
 def refuse_unknown(given: Mapping[str, Any], known: Collection[str], where: str, prefix: str = "") -> None:

@@ -33,6 +33,8 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_SHARED = 32
 """How many times the bytes of its files a checkpoint may take in memory: tied tensors share theirs in a .bin and get
 memory of their own, and the most that a family here ties is one block in 13 places (Zamba)."""
+_POINTER = b"version https://git-lfs"
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 _DAMAGED = "looks truncated or damaged; copy or download it again"
 
 
@@ -60,6 +62,12 @@ def read_config(folder: Path) -> dict[str, Any] | None:
         )
     if found is None and any(path.suffix in SUFFIXES for path in folder.iterdir()):
         return None
+    tokenizer = [name for name in _TOKENIZER if (folder / name).is_file()]
+    if found is None and tokenizer:
+        raise FileNotFoundError(
+            f"{folder} has no config.json, but {' and '.join(tokenizer)}: this is a tokenizer's directory. Give the"
+            " model's, and this one as the tokenizer's (--tokenizer on the command line)."
+        )
     return read_json(inside(found or folder / CONFIGS[0], folder))
 
 
@@ -158,8 +166,8 @@ def read_weights(files: Iterable[Path]) -> dict[str, Tensor]:
     that holds nothing but {"model": state dict} is that state dict.
 
     Raises:
-        ValueError: a file is truncated or damaged, is a pickle of more than tensors (it is not run), holds a
-            tensor that another file holds, or one that is not floating point.
+        ValueError: a file is truncated, damaged or a git-lfs pointer, is a pickle of more than tensors (it is not run),
+            holds a tensor that another file holds, or one that is not floating point.
 
     Example:
         >>> import tempfile
@@ -170,6 +178,7 @@ def read_weights(files: Iterable[Path]) -> dict[str, Tensor]:
     """
     weights: dict[str, Tensor] = {}
     for path in files:
+        _refuse_pointer(path)
         left = MOST_SHARED * path.stat().st_size
         stored = _read_safetensors(path) if path.suffix == ".safetensors" else _unwrapped(_read_bin(path))
         twice = sorted(weights.keys() & stored.keys())
@@ -181,6 +190,14 @@ def read_weights(files: Iterable[Path]) -> dict[str, Tensor]:
             if left < 0:
                 raise ValueError(f"{path} holds tensors that take more than {MOST_SHARED} times its bytes.")
     return weights
+
+
+def _refuse_pointer(path: Path) -> None:
+    with path.open("rb") as stream:
+        if stream.read(len(_POINTER)) == _POINTER:
+            raise ValueError(
+                f"{path} is a git-lfs pointer, not the weights: fetch them with `git lfs pull` in the repository."
+            )
 
 
 def _unwrapped(content: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 
 from torch import Tensor, nn
 
-__all__ = ["Recipe", "refuse_nonfinite"]
+__all__ = ["Recipe", "refuse_nonfinite", "refuse_wrapped"]
 
 _ANY_DTYPE = (
     "A_log", "D", "dt_bias", "kernel.C", "kernel.log_dt", "kernel.log_A_real", "kernel.A_imag",
@@ -108,6 +108,27 @@ def refuse_nonfinite(weights: Mapping[str, Tensor], where: str) -> None:
     found = [f"{name} has {int((~weights[name].isfinite()).sum())} of {weights[name].numel()}" for name in bad]
     if found:
         raise ValueError(f"{where}: weights must be finite; {', '.join(found)} values NaN or infinite.")
+
+
+def refuse_wrapped(weights: Mapping[str, Tensor], where: str) -> None:
+    """Refuse the weights of a model that was saved within another.
+
+    Source: ours; torch.nn.DataParallel and DistributedDataParallel hold their model as `module`.
+
+    Raises:
+        ValueError: every name begins with "module.".
+
+    Example:
+        >>> refuse_wrapped({"module.D": Tensor([1.0])}, "here")
+        Traceback (most recent call last):
+        ...
+        ValueError: here: the name of every weight begins with 'module.', as DataParallel has it: save ...
+    """
+    if weights and all(name.startswith("module.") for name in weights):
+        raise ValueError(
+            f"{where}: the name of every weight begins with 'module.', as DataParallel has it: save"
+            " model.module.state_dict(), or rename the weights."
+        )
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -65,6 +65,41 @@ def test_directory_without_config(tmp_path):
         load(tmp_path)
 
 
+def test_directory_of_a_tokenizer(tmp_path):
+    (tmp_path / "tokenizer.json").touch()
+    with pytest.raises(FileNotFoundError, match=r"no config.json, but tokenizer.json: this is a tokenizer's directory"):
+        load(tmp_path)
+
+
+def test_a_pointer_in_place_of_weights(kit, saved):
+    folder = kit.write(*saved)
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ValueError, match=r"model.safetensors is a git-lfs pointer, not the weights"):
+        load(folder)
+
+
+def test_weights_within_another_module(kit, saved):
+    folder, config, weights = saved
+    wrapped = {f"module.{name}": tensor for name, tensor in weights.items()}
+    with pytest.raises(ValueError, match=r"every weight begins with 'module.', as DataParallel has it"):
+        load(kit.write(folder, config, wrapped))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hidden_size": 32}, "config.json has hidden_size 32, the embedding in the file has 16."),
+        ({"num_hidden_layers": 3}, "config.json has num_hidden_layers 3, the file has 2 layers."),
+    ],
+)
+def test_sizes_of_another_config_are_said_first(kit, saved, change, said):
+    folder, config, weights = saved
+    kit.write(folder, config | change, weights)
+    with pytest.raises(ValueError, match="do not fit MambaForCausalLM") as caught:
+        load(folder)
+    assert str(caught.value).splitlines()[0] == f"{folder}: {said}"
+
+
 def test_an_adapter_alone(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").touch()
@@ -233,6 +268,7 @@ def test_tokenizer(tmp_path):
         json.dumps({"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}})
     )
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass")
-    with pytest.raises(ValueError, match="no tokenizer could be loaded without running code"):
+    with pytest.raises(ValueError, match="no tokenizer could be loaded without running code") as caught:
         load_tokenizer(tmp_path)
+    assert "--tokenizer DIR_OR_HUB_ID" in str(caught.value).splitlines()[0], "the advice leads"
     assert not (tmp_path / "ran").exists()

@@ -10,6 +10,7 @@ from mamba_probe.analyses.ablation.measure import QUANTITIES, measure
 from mamba_probe.analyses.ablation.plot import plot
 from mamba_probe.analyses.common.again import MOST_ROWS, given, lacks_predictions
 from mamba_probe.analyses.common.analysis import Analysis, Panel, Row, number, span
+from mamba_probe.analyses.common.paired import FEWEST_ROWS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +52,10 @@ def _parts(n_heads: int, n_layers: int) -> tuple[dict[str, Any], str]:
 
 
 def _draws(chosen: dict[str, Any], trace: xr.Dataset) -> int:
-    """Random sets of each size: 20 for each unit that has such sets decide, where they are affordable."""
+    """Random sets of each size: 20 for each unit that has such sets decide, where they are affordable; few where the
+    rows cannot tell an effect from chance, whatever its rank."""
+    if trace.sizes["batch"] < FEWEST_ROWS:
+        return FEWEST_DRAWS
     n_heads, n_layers = trace.sizes[trace["delta"].dims[-1]], trace.sizes["layer"]
     parts = -(-n_heads // chosen["group"]) if "group" in chosen else 0
     units = n_layers * (parts + (n_layers > 1))

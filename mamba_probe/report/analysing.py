@@ -64,7 +64,7 @@ def analyse(
         say(f"measuring {name}")
         try:
             result = analyses()[name].of_run(run, seed).compute()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             if name in names:
                 raise
             say(f"failed: {name}: {error}")

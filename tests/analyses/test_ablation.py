@@ -263,9 +263,9 @@ def test_what_a_run_may_lack_and_which_parts_are_taken():
 
 
 def test_as_many_random_sets_are_drawn_as_can_decide_or_as_are_affordable():
-    def shaped(tokens, layers, channels, states):
-        coords = {"valid": (("batch", "token"), np.ones((1, tokens), bool))}
-        delta = np.broadcast_to(0.0, (layers, 1, tokens, channels))
+    def shaped(tokens, layers, channels, states, rows=8):
+        coords = {"valid": (("batch", "token"), np.ones((rows, tokens // rows), bool))}
+        delta = np.broadcast_to(0.0, (layers, rows, tokens // rows, channels))
         A = np.broadcast_to(0.0, (layers, channels, states))
         return xr.Dataset(
             {"delta": (("layer", "batch", "token", "channel"), delta), "A": (("layer", "channel", "state"), A)}, coords
@@ -275,6 +275,7 @@ def test_as_many_random_sets_are_drawn_as_can_decide_or_as_are_affordable():
     assert _draws({"group": 16}, shaped(1024, 2, 128, 16)) == 20 * 2 * 9
     assert _draws({"group": 16}, shaped(2**14, 1, 128, 16)) == 2**31 // (2**14 * 128 * 16)
     assert _draws({"heads": ()}, shaped(2**16, 24, 1536, 16)) == 2
+    assert _draws({"group": 16}, shaped(1024, 1, 128, 16, rows=4)) == 2, "4 rows tell nothing from chance"
 
 
 @pytest.mark.long

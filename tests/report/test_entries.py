@@ -142,12 +142,12 @@ def test_a_training_length_is_positive(model, length):
 # -- analyses of a run ------------------------------------------------------------------------------------------
 
 
-def toy(lacks="", fails=False):
+def toy(lacks="", fails=None):
     """An analysis that counts tokens."""
 
     def of_run(run, seed):
         if fails:
-            raise ValueError("no such luck")
+            raise fails
         return xr.Dataset({"tokens": int(run.trace["valid"].sum())}, attrs={"estimator": "a count", "seed": seed})
 
     def says(result):
@@ -198,7 +198,7 @@ def test_what_is_named_is_refused_where_it_lacks_something(known, stored, tmp_pa
 
 
 def test_one_that_refuses_the_run_does_not_take_the_others_with_it(known, stored, tmp_path):
-    known(bad=toy(fails=True), good=toy())
+    known(bad=toy(fails=FAULTS[0]), good=toy())
     said = []
     assert list(analyse(stored[2], tmp_path, names=("all",), say=said.append)) == ["good"]
     assert "failed: bad: no such luck" in said
@@ -206,8 +206,12 @@ def test_one_that_refuses_the_run_does_not_take_the_others_with_it(known, stored
         analyse(stored[2], tmp_path, names=("bad",))
 
 
-def test_the_command_ends_with_1_where_an_analysis_failed_and_has_the_rest(known, stored, tmp_path):
-    known(bad=toy(fails=True), good=toy(), other=toy())
+FAULTS = [ValueError("no such luck"), FileNotFoundError("no model at ../run")]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=["wrong", "gone"])
+def test_the_command_ends_with_1_where_an_analysis_failed_and_has_the_rest(fault, known, stored, tmp_path):
+    known(bad=toy(fails=fault), good=toy(), other=toy())
     done = call("analyze", "all", stored[3], "-o", tmp_path)
     assert done.exit_code == 1, done.output
     assert "good: 32 tokens." in done.stdout

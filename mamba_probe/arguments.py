@@ -64,7 +64,13 @@ def texts(name: str, values: Any) -> list[str]:
 
     >>> texts("variables", ["delta"])
     ['delta']
+    >>> texts("variables", "delta")
+    Traceback (most recent call last):
+    ...
+    ValueError: variables is a list of names; got 'delta': pass variables=['delta']
     """
+    if isinstance(values, str):
+        raise ValueError(f"{name} is a list of names; got {values!r}: pass {name}=[{values!r}]")
     found = listed(name, values, "names")
     if not found or not all(isinstance(each, str) for each in found):
         raise ValueError(f"{name} is a non-empty list of names; got {_shown(values)}")

@@ -165,8 +165,11 @@ def open_trace(path: str | PathLike[str]) -> xr.Dataset:
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: a damaged store, or a Dataset that is no trace (what was needed and what came).
+        ValueError: a run's folder, a damaged store, or a Dataset that is no trace (what was needed and what came).
     """
+    inner = Path(path_like("a store", path)) / "trace.zarr"
+    if inner.exists():
+        raise ValueError(f"{path} is a run's folder: its trace is {inner}; mamba_probe.run.Run.open opens all of it")
     trace = open_dataset(path)
     validate(trace)
     return trace

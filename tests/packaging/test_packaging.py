@@ -85,7 +85,7 @@ def test_public_surface_is_the_explicit_list():
     assert mamba_probe.__all__ == sorted(mamba_probe.__all__, key=lambda n: (n.islower(), n))
     for name in mamba_probe.__all__:
         assert getattr(mamba_probe, name).__doc__, name
-    assert set(mamba_probe.__all__) <= set(dir(mamba_probe))
+    assert set(dir(mamba_probe)) == {*mamba_probe.__all__, "__version__"}
     with pytest.raises(AttributeError, match="module 'mamba_probe' has no attribute 'lode'"):
         mamba_probe.lode  # noqa: B018
 

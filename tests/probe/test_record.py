@@ -20,6 +20,11 @@ def probe(model):
         yield probe
 
 
+def test_a_single_name_is_shown_as_the_list_that_it_should_be(probe):
+    with pytest.raises(ValueError, match=r"variables is a list of names; got 'delta': pass variables=\['delta'\]"):
+        probe.record(IDS, variables="delta")
+
+
 def test_the_trace_keeps_the_schema(probe, model):
     trace = probe.record(IDS, variables=tuple(VARIABLES))
     family = trace.attrs["family"]

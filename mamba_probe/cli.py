@@ -263,25 +263,45 @@ def inspect(
 
 @app.command("zoo")
 @answered
-def zoo_command() -> None:
-    """The checkpoints that ship with the package, and what each is.
+def zoo_command(
+    name: Annotated[
+        str | None, typer.Argument(help="zoo:NAME, to see all of its card.", autocompletion=completing.models)
+    ] = None,
+) -> None:
+    """The checkpoints that ship with the package; of one, what its card says.
 
     Examples:
 
       mamba-probe zoo
+
+      mamba-probe zoo zoo:trained-mqar-mamba1
     """
     from mamba_probe import zoo
 
-    table = Table(Column("name", no_wrap=True), "what it is", "task", "accuracy", "parameters")
-    for name in zoo.names():
-        card = zoo.card(name)
-        task = ", ".join(
-            f"{key} {value}" for key, value in card["task"].items() if key not in ("name", "seed", "batch")
-        )
-        accuracy = card["accuracy"]
-        counts = f"{accuracy['value']:.3f} ({accuracy['correct']}/{accuracy['total']})"
-        table.add_row(f"zoo:{name}", card["what"], f"{card['task']['name']}: {task}", counts, f"{card['parameters']:,}")
+    if name is not None:
+        _print_card(zoo.card(name.removeprefix("zoo:")))
+        return
+    table = Table(*(Column(head, no_wrap=True) for head in ("name", "task", "accuracy")))
+    for each in zoo.names():
+        card = zoo.card(each)
+        table.add_row(f"zoo:{each}", card["task"]["name"], _accuracy(card))
     out.print(table)
+    out.print(headed("next", f"{command('zoo', 'NAME')}, for all that one is"), highlight=False, soft_wrap=True)
+
+
+def _accuracy(card: dict[str, Any]) -> str:
+    counted = card["accuracy"]
+    return f"{counted['value']:.3f} ({counted['correct']}/{counted['total']})"
+
+
+def _print_card(card: dict[str, Any]) -> None:
+    task = ", ".join(f"{key} {value}" for key, value in card["task"].items() if key not in ("name", "seed", "batch"))
+    said = {
+        "what": card["what"], "task": f"{card['task']['name']}: {task}", "accuracy": _accuracy(card),
+        "parameters": f"{card['parameters']:,}", "origin": card["origin"], "made by": card["regenerate"],
+    }  # fmt: skip
+    for head, text in said.items():
+        out.print(headed(head, text), highlight=False, soft_wrap=True)
 
 
 @app.command()

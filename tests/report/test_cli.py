@@ -65,6 +65,8 @@ def test_the_report_on_a_task(task_report):
     directory, done = task_report
     trace = mp.open_trace(directory / "trace.zarr")
     assert trace.sizes["batch"] == 12
+    with pytest.raises(ValueError, match=r"report is a run's folder: its trace is .*trace\.zarr"):
+        mp.open_trace(directory)
     for name in RESULTS:
         result = open_dataset(directory / "results" / f"{name}.nc")
         assert {"estimator", "null", "interval", "reduces_over", "trace_model_hash"} <= set(result.attrs)
@@ -200,7 +202,13 @@ def test_a_text_that_cannot_be_read_says_what_to_do(text_model, tmp_path, conten
 
 
 def test_zoo_doctor_version_and_help():
-    assert "zoo:mqar-mamba1" in call("zoo").stdout
+    listed = CliRunner().invoke(app, ["zoo"], env={"COLUMNS": "80"}).stdout
+    lines = [line for line in listed.splitlines() if "zoo:" in line]
+    assert [line.split()[1] for line in lines] == [f"zoo:{name}" for name in mp.zoo.names()], "one line each, whole"
+    assert "mqar" in lines[0]
+    assert "1.000 (2048/2048)" in lines[0]
+    for name in ("mqar-mamba1", "zoo:mqar-mamba1"):
+        assert mp.zoo.card("mqar-mamba1")["what"] in call("zoo", name).stdout
     doctor = call("doctor").stdout
     assert torch.__version__.split("+")[0] in doctor
     assert re.search(r"scan of a model on cpu\s*│ cpu:", doctor)

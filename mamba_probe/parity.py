@@ -115,12 +115,34 @@ def parting(rows: Mapping[int, Mapping[str, float]], bound: float) -> str:
     return "; ".join(found) or f"nowhere: every error is at most {bound:g}"
 
 
+def _check_A(adapter: MixerAdapter, call: Call) -> None:
+    """Check that the A of a trace is the one that the scan was given: no output would show another.
+
+    Raises:
+        ValueError: it is not.
+    """
+    static = adapter.statics().get("A")
+    if call.A is None or static is None:
+        return
+    said = static[1]
+    bound = BOUNDS[torch.float32]
+    if said.numel() != call.A.numel() or not error(said.reshape(-1), call.A.reshape(-1)) <= bound:
+        raise ValueError(
+            f"A of layer {adapter.layer}: {type(adapter).__name__}.statics() says another than its replacements give"
+            f" tap.scan (shapes {tuple(said.shape)} and {tuple(call.A.shape)}): its traces' A_bar and horizons would be"
+            " wrong, and no output shows it"
+        )
+
+
 def _compare(adapter: MixerAdapter, emitted: _Emitted, rows: dict[int, dict[str, float]]) -> Callable[..., None]:
     def after(_mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         hidden = args[0] if args else kwargs[adapter.takes]
         mask = kwargs.get("attention_mask")
         valid = None if mask is None else mask.bool()
-        executed = emitted.calls.pop(adapter.layer).tensors
+        call = emitted.calls.pop(adapter.layer)
+        executed = call.tensors
+        with held(adapter.mixer):
+            _check_A(adapter, call)
         with held(adapter.mixer):
             native = adapter.native(hidden, **adapter.masks(mask))
         with held(adapter.mixer):

@@ -166,6 +166,12 @@ class MixerAdapter(ABC):
         """Put `tap` in the place of the mixer's scan; `release` undoes it."""
         forward = type(self.mixer).forward
         assert isinstance(forward, FunctionType)
+        if self.takes not in signature(forward).parameters:
+            has = ", ".join(list(signature(forward).parameters)[1:])
+            raise ValueError(
+                f"{type(self.mixer).__qualname__}.forward has no argument {self.takes!r}, which {type(self).__name__}"
+                f" says are its hidden states; it has {has}: set `takes`"
+            )
         bound = rebind(forward, self.replacements(tap, innermost(forward).__globals__))
         seat(self.mixer, _tapped(bound, tap, signature(forward), self))
 
@@ -193,6 +199,12 @@ def _tapped(forward: FunctionType, tap: Tap, takes: Signature, adapter: MixerAda
         try:
             out = forward(seen, *args, **kwargs)
             if tap.listener is not None:
+                if call.A is None and not call.parts:
+                    raise ValueError(
+                        f"layer {tap.layer}: {type(self).__qualname__}.forward ran without tap.scan, so it reaches its"
+                        " scan by an attribute or by `self`, where `replacements` are not found: call a function of"
+                        " its own module by its plain name, or give it a Seen (mamba_probe/mixers/takeover.py)"
+                    )
                 hidden = adapter.taken(given[adapter.takes])
                 call.tensors |= {"u": hidden, "out": _by_token(adapter.given(out), hidden, tap.layer)}
                 tap.listener.receive(call)

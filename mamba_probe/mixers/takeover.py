@@ -26,10 +26,16 @@ def rebind(function: FunctionType, replacements: Mapping[str, Callable[..., Any]
     """
     missing = sorted(set(replacements) - called_names(function))
     if missing:
-        package = function.__module__.partition(".")[0]
+        package, name = function.__module__.partition(".")[0], f"{function.__module__}.{function.__qualname__}"
+        if package not in RELEASES:
+            raise ValueError(
+                f"{name} does not call a function {', '.join(missing)} by its plain name: put the recurrence into a"
+                " function of that module, call it as such (not through `self` or an attribute), and name it in"
+                " `replacements`"
+            )
         raise ValueError(
-            f"{function.__module__}.{function.__qualname__} does not call {', '.join(missing)}: this release of"
-            f" {package} is not supported ({RELEASES.get(package, 'another')} is)"
+            f"{name} does not call {', '.join(missing)}: this release of {package} is not supported"
+            f" ({RELEASES[package]} is)"
         )
     home = innermost(function).__globals__
     changed = {**home, **replacements}

@@ -37,6 +37,8 @@ class Call:
     """Executed tensors in the scan's layout: those of the emission, and x, z, u, out."""
     edits: tuple[str, ...] = ()
     """The edits that acted on this layer."""
+    A: Tensor | None = None
+    """What its scan was given; None where it had none."""
     state_in: Tensor | None = None
     state_out: Tensor | None = None
     parts: list["Call"] = field(default_factory=list)
@@ -169,6 +171,8 @@ class Tap:
     ) -> ScanResult:  # fmt: skip
         """Our scan in place of the mixer's, edited and recorded: `selective_scan` but for its backend, the tap's."""
         refuse_absent(self.layer, "scan", (x, delta, A, B, C, D, z, delta_bias))
+        if self.call is not None:
+            self.call.A = A
         options: dict[str, Any] = {"discretization": discretization, "backend": self.backend}
         if x.dtype == torch.float64:  # the library rounds these to fp32 whatever the model is
             A, D, delta_bias = _double(A), _double(D), _double(delta_bias)
@@ -185,7 +189,8 @@ class Tap:
         x, B, C = self.edited("x", x), self.edited("B", B), self.edited("C", C)
         A, log_decay = self._decay(delta, A, discretization)
         gate = z if z is None else self.edited("z", z)
-        acting = None if self.taken_out("gate") or self.touches("y") else gate
+        open_gate = gate is not None and self.taken_out("gate")  # a gate that is elsewhere is not taken out here
+        acting = None if open_gate or self.touches("y") else gate
         state = None if initial_state is None else initial_state.to(_state_dtype(x))
         wide = x.to(_state_dtype(x)) if self.touches("y") else x  # y comes in its dtype, and is gated after its edit
         given = {"x": wide, "delta": delta, "B": B, "C": C, "z": acting, "log_decay": log_decay}
@@ -197,7 +202,7 @@ class Tap:
         self._note(result, y, emit, x, gate, initial_state)
         if not self.touches("y"):
             return result
-        gated = y if gate is None or self.taken_out("gate") else y * F.silu(gate.to(y.dtype))
+        gated = y if gate is None or open_gate else y * F.silu(gate.to(y.dtype))
         return result._replace(y=gated.to(x.dtype))
 
     def _decay(self, delta: Tensor, A: Tensor, discretization: str) -> tuple[Tensor, Tensor | None]:

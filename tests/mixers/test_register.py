@@ -73,3 +73,41 @@ def test_what_is_no_adapter_is_refused():
     half = type("Half", (MixerAdapter,), {"family": "mamba", "weights": lambda self: {}})
     with pytest.raises(ValueError, match=r"^Half leaves open what every adapter has: class_path, oracle, replacements"):
         register(half)
+
+
+def faulty(page, monkeypatch, **members):
+    """The page's model, with an adapter that says something else."""
+    monkeypatch.setattr(mixers, "_REGISTERED", [])
+    register(type("Faulty", (page.ToyAdapter,), members))
+    return page.model
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda rate: -rate.abs(), lambda rate: torch.exp(rate), lambda rate: -torch.exp(rate)[:4]]
+)
+def test_an_A_that_is_not_the_scans_is_refused(page, monkeypatch, wrong):
+    """No output shows it: A of the trace is read from the weights, the scan is given another."""
+    model = faulty(page, monkeypatch, statics=lambda self: {"A": (("channel", "state"), wrong(self.mixer.log_rate))})
+    with mp.attach(model) as probe, pytest.raises(ValueError, match=r"A of layer 0: Faulty.statics\(\) says another"):
+        probe.parity(page.hidden)
+
+
+def test_a_forward_with_another_argument_is_refused(page, monkeypatch):
+    with pytest.raises(ValueError, match=r"ToyMixer.forward has no argument 'u', .* it has hidden_states: set `takes`"):
+        mp.attach(faulty(page, monkeypatch, takes="u"))
+
+
+def test_a_scan_that_is_reached_in_another_way_is_said_to_be(page, monkeypatch):
+    with pytest.raises(ValueError, match="does not call a function other_scan by its plain name"):
+        mp.attach(faulty(page, monkeypatch, replacements=lambda *_: {"other_scan": None}))
+    model = faulty(page, monkeypatch, replacements=lambda *_: {"toy_scan": page.toy_scan})
+    with mp.attach(model) as probe:
+        for call in (probe.parity, probe.record):
+            with pytest.raises(ValueError, match=r"layer 0: ToyMixer.forward ran without tap.scan"):
+                call(page.hidden)
+
+
+def test_a_gate_that_the_scan_has_not_is_not_ablated_in_silence(page):
+    never = pytest.raises(ValueError, match=r"ablate\(gate\) never acted")
+    with mp.attach(page.model) as probe, never, probe.edit(mp.ablate("gate")):
+        page.model(page.hidden)

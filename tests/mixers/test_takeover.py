@@ -189,5 +189,8 @@ def test_rebind_names_what_an_unknown_release_lacks():
 
     assert rebind(forward, {"abs": lambda x: "ours"})(-1) == "ours"
     assert forward(-1) == 1
-    with pytest.raises(ValueError, match=r"does not call scan_of_tomorrow.*release"):
+    with pytest.raises(ValueError, match=r"does not call a function scan_of_tomorrow by its plain name: put the rec"):
+        rebind(forward, {"scan_of_tomorrow": abs})
+    forward.__module__ = "transformers.models.tomorrow"
+    with pytest.raises(ValueError, match=r"does not call scan_of_tomorrow.*release of transformers"):
         rebind(forward, {"scan_of_tomorrow": abs})

@@ -188,6 +188,11 @@ def _fitted(model: nn.Module, keywords: dict[str, Any]) -> dict[str, Any]:
         )
     if "hidden_states" in keywords and "hidden_states" not in takes and named:
         keywords[first.name] = keywords.pop("hidden_states")
+    if "input_ids" in keywords and "input_ids" not in takes and not passes_on:
+        raise ValueError(
+            f"{type(model).__name__}.forward has no argument `input_ids`, by which token ids are given and tokens are"
+            f" labelled; it has {', '.join(list(takes)[1:])}: call that of token ids `input_ids`, as transformers does"
+        )
     known = set(takes) if not passes_on else {name for part in model.modules() for name in _names(type(part))}
     unknown = [name for name in keywords if name not in known and name != "attention_mask"]
     if unknown:

@@ -383,3 +383,19 @@ def test_a_recorded_layer_that_does_not_run_is_named(model):
         with pytest.raises(ValueError, match=r"layer\(s\) 1 did not run in this call of the model"):
             probe.record(ids)
         assert probe.record(ids, layers=[0]).sizes["layer"] == 1
+
+
+def test_a_model_that_calls_token_ids_otherwise_is_told_how_they_are_called():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.mixer = torch.nn.Embedding(11, 8), mp.blocks.MambaBlock(8, d_state=4)
+
+        def forward(self, ids):
+            return self.mixer(self.embedding(ids))
+
+    with (
+        mp.attach(Model()) as probe,
+        pytest.raises(ValueError, match=r"Model.forward has no argument `input_ids`, .*; it has ids: call that of"),
+    ):
+        probe.record(torch.zeros(2, 3, dtype=torch.int64))

@@ -2,7 +2,10 @@
 
 import gc
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+
+collect_ignore = ["interpret.py"]
+"""A script, no doctests: it sets TRITON_INTERPRET."""
 
 
 def pytest_collectstart() -> None:
@@ -74,6 +80,27 @@ def build(family: str) -> Callable[..., nn.Module]:
 def _quiet_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def script(request: pytest.FixtureRequest) -> Callable[..., list[str]]:
+    """Runs a script beside the test in a process of its own, without Triton yet; answers its lines."""
+    return lambda name, *arguments: _lines(request.path.with_name(name), *arguments)
+
+
+@pytest.fixture
+def interpreted(request: pytest.FixtureRequest) -> Callable[..., list[str]]:
+    """The same with Triton's kernels interpreted."""
+    return lambda name, *arguments: _lines(
+        Path(__file__).with_name("interpret.py"), request.path.with_name(name), *arguments
+    )
+
+
+def _lines(*arguments: str | Path) -> list[str]:
+    command, environment = [sys.executable, "-W", "ignore", *arguments], os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=590)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
 
 
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",

@@ -1,4 +1,4 @@
-"""Small constructions through the interpreted Triton kernel on the CPU: a script for TRITON_INTERPRET=1, a line a case.
+"""Small constructions through the interpreted Triton kernel on the CPU: a script for `interpret.py`, a line a case.
 
 In float32; with the argument "all", in float64 too.
 

@@ -1,9 +1,7 @@
-"""Modules that scripts of this folder import too, as fixtures; scripts; and a CUDA device."""
+"""Modules that scripts of this folder import too, as fixtures; and a CUDA device."""
 
-import os
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -41,23 +39,6 @@ def stress() -> ModuleType:
 def gradients(oracle: ModuleType) -> ModuleType:
     """Gradients of a kernel's own backward against autograd; it imports `oracle`, and Triton."""
     return load("gradients")
-
-
-@pytest.fixture(scope="session")
-def script() -> Callable[..., list[str]]:
-    """Runs a script of this folder in a fresh interpreter, in which Triton was not imported yet; answers its lines.
-
-    TRITON_INTERPRET stays out of this process.
-    """
-
-    def run(name: str, *arguments: str, **environment: str) -> list[str]:
-        clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        command = [sys.executable, "-W", "ignore", Path(__file__).with_name(name), *arguments]
-        done = subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=590)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout.splitlines()
-
-    return run
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """torch's gradcheck through the Triton scan and its backward, float64 in and out: a script, one line a case.
 
-To be interpreted, with TRITON_INTERPRET=1. (Compiled, float64 gradients are held to those of the naive scan, 1e-12,
+To be interpreted, by `interpret.py`. (Compiled, float64 gradients are held to those of the naive scan, 1e-12,
 which no difference shows: `test_gpu_backward`, `test_gpu_chunked_backward`.) One random direction of all inputs and one
 of all answers stand for them, but for the smallest calls, and with "all" for any: of those every derivative is taken by
 itself.

@@ -1,4 +1,4 @@
-"""The Triton kernel through its interpreter on CPU tensors: a script for TRITON_INTERPRET=1, one line a case.
+"""The Triton kernel through its interpreter on CPU tensors: a script for `interpret.py`, one line a case.
 
 A process of its own, since Triton reads the variable when it is imported. Tiny sizes: the cost is programs x tokens.
 With the argument "all", larger ones too.

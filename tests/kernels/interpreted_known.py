@@ -1,4 +1,4 @@
-"""Calls that are known, against the same calls the long way: a script for TRITON_INTERPRET=1.
+"""Calls that are known, against the same calls the long way: a script for `interpret.py`.
 
 With the argument "all", of every shape, and with every difference.
 

@@ -1,4 +1,4 @@
-"""Triton's kernels through the operator and its backward, interpreted: a script for TRITON_INTERPRET=1."""
+"""Triton's kernels through the operator and its backward, interpreted: a script for `interpret.py`."""
 
 import re
 from typing import Any

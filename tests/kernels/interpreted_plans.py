@@ -1,4 +1,4 @@
-"""A second call by the plan of a first: a script for TRITON_INTERPRET=1.
+"""A second call by the plan of a first: a script for `interpret.py`.
 
 It imports what it needs when it runs, since pytest imports it too, in search of doctests.
 """

@@ -11,13 +11,13 @@ from mamba_probe.kernels.scan.arguments import TENSORS, formed
 NARROW = ("x", "delta", "B", "C", "z")
 
 
-def test_interpreted_gradients_hold_the_bound(script):
-    assert len(script("interpreted_backward.py", TRITON_INTERPRET="1")) == 16
+def test_interpreted_gradients_hold_the_bound(interpreted):
+    assert len(interpreted("interpreted_backward.py")) == 16
 
 
 @pytest.mark.long
-def test_interpreted_gradients_of_every_pair_of_features(script):
-    assert len(script("interpreted_backward.py", "all", TRITON_INTERPRET="1")) == 78
+def test_interpreted_gradients_of_every_pair_of_features(interpreted):
+    assert len(interpreted("interpreted_backward.py", "all")) == 78
 
 
 def test_the_backward_compiles_for_an_h200(script):

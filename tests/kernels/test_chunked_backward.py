@@ -5,13 +5,13 @@ import json
 import pytest
 
 
-def test_interpreted_gradients_hold_the_bound(script):
-    assert len(script("interpreted_chunked_backward.py", TRITON_INTERPRET="1")) == 24
+def test_interpreted_gradients_hold_the_bound(interpreted):
+    assert len(interpreted("interpreted_chunked_backward.py")) == 24
 
 
 @pytest.mark.long
-def test_interpreted_gradients_of_every_pair_of_features(script):
-    assert len(script("interpreted_chunked_backward.py", "all", TRITON_INTERPRET="1")) == 76
+def test_interpreted_gradients_of_every_pair_of_features(interpreted):
+    assert len(interpreted("interpreted_chunked_backward.py", "all")) == 76
 
 
 def taken(script, dtype):

@@ -3,10 +3,10 @@
 import pytest
 
 
-def test_interpreted_derivatives(script):
-    assert len(script("finite_differences.py", TRITON_INTERPRET="1")) == 13
+def test_interpreted_derivatives(interpreted):
+    assert len(interpreted("finite_differences.py")) == 13
 
 
 @pytest.mark.long
-def test_interpreted_derivatives_one_by_one(script):
-    assert len(script("finite_differences.py", "all", TRITON_INTERPRET="1")) == 15
+def test_interpreted_derivatives_one_by_one(interpreted):
+    assert len(interpreted("finite_differences.py", "all")) == 15

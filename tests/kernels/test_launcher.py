@@ -230,8 +230,8 @@ def test_few_forms_are_remembered(oracle, monkeypatch):
         assert len(arguments._forms) <= 3
 
 
-def test_a_plan_holds_nothing_of_the_call_that_made_it(script):
-    assert script("interpreted_plans.py", TRITON_INTERPRET="1") == ["equal"] * 6
+def test_a_plan_holds_nothing_of_the_call_that_made_it(interpreted):
+    assert interpreted("interpreted_plans.py") == ["equal"] * 6
 
 
 def test_of_another_order_of_names_the_addresses_are_the_same_arguments():
@@ -249,5 +249,5 @@ def test_of_another_order_of_names_the_addresses_are_the_same_arguments():
 
 
 @pytest.mark.parametrize(("given", "cases"), [([], 6), pytest.param(["all"], 14, marks=pytest.mark.long)])
-def test_a_call_that_is_known_does_what_the_first_did(script, given, cases):
-    assert script("interpreted_known.py", *given, TRITON_INTERPRET="1") == ["held"] * cases
+def test_a_call_that_is_known_does_what_the_first_did(interpreted, given, cases):
+    assert interpreted("interpreted_known.py", *given) == ["held"] * cases

@@ -6,10 +6,6 @@ t - s under these weights. Selection, features and lengths are those of the test
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -236,82 +232,12 @@ def test_a_compiled_scan_answers_the_same(oracle, monkeypatch):
     assert all(map(torch.equal, *answers))
 
 
-INTERPRETED = """
-import torch
-from oracle import by_name, cast, chosen, closed_form, draw, errors, featured, violations
-from mamba_probe.kernels.scan import Emit, mass, selective_scan
-torch.use_deterministic_algorithms(True)  # torch.empty answers NaN: an output that is not written shows
-NAMES = "mass", "mass_distance"
-PER_TOKEN = "x", "delta", "B", "C", "z"
-
-def run(arguments, tile, names=NAMES, backend="triton", **options):
-    mass.choose_tile = lambda a: mass.Tile(*tile)
-    emission = selective_scan(**arguments, emit=Emit(names, **options), backend=backend).emission
-    return {name: getattr(emission, name) for name in names}
-
-def bound(arguments, tile):
-    naive, found = (run(arguments, tile, backend=name) for name in ("naive", "triton"))
-    broken = violations(found, closed_form(**cast(arguments, torch.float32)), naive)
-    assert not broken, broken
-
-CASES = (  # features, groups, (head, head_channel, state, whether A is a scalar), tile
-    (("zoh",), 2, (6, 1, 5, False), (4, 8, 3)),
-    (("seq_idx", "constant"), 1, (6, 1, 1, False), (32, 4, 2)),
-    (("log_decay", "seq_idx"), 1, (3, 2, 33, False), (4, 16, 2)),
-    (("seq_idx", "zoh"), 1, (3, 3, 16, True), (2, 8, 3)),
-    (("log_decay",), 2, (4, 1, 5, True), (2, 4, 3)),
-    (("constant",), 1, (2, 2, 130, True), (1, 4, 2)),
-)
-for features, group, shape, tile in CASES:
-    arguments = featured(draw(None, 1, 21, group, shape=shape), features)
-    arguments["delta"] = arguments["delta"].transpose(1, 2).contiguous().transpose(1, 2)
-    bound(arguments, tile)
-    print("held", features)
-arguments = draw("mamba", 1, 23)
-exact, tile = closed_form(**arguments), (2, 4, 3)
-part = run(arguments, tile, tokens=(0, 8, 20), channels=(4, 1))
-assert max(errors(part, {name: exact[name][:, [0, 8, 20]][:, :, [4, 1]] for name in NAMES}).values()) < 1e-6
-for name in NAMES:  # alone
-    assert max(errors(run(arguments, tile, (name,)), exact).values()) < 1e-6, name
-print("held selection")
-assert max(errors(run(cast(arguments, torch.float64), tile), exact).values()) < 1e-12
-print("held double")
-bound(cast(arguments, torch.bfloat16, PER_TOKEN), tile)
-print("held bfloat16")
-bound(arguments | {"A": torch.full((6, 5), -1e-6)}, tile)
-arguments["delta"][:, 10] = 1e4
-bound(arguments | {"delta_limits": (0.0, float("inf"))}, tile)
-print("held extremes")
-every = {"delta_softplus": False, "delta_limits": (-float("inf"), float("inf")), "A": arguments["A"] / 300}
-arguments["delta"][:, 10] = 1.0
-bound(arguments | every, tile)
-print("held negative steps")
-arguments["delta"][0, 20, 3] = float("nan")
-bad = torch.zeros(1, 23, 6, dtype=torch.bool)
-bad[:, 20:, 3] = True
-assert all(torch.equal(value.isnan(), bad) for value in run(arguments, tile).values())
-print("held nan")
-"""
+def test_the_interpreted_kernel_in_several_chunks_holds_the_bound(interpreted):
+    assert len(interpreted("interpreted_mass.py")) == 12
 
 
-def python(*arguments, **environment):
-    here = Path(__file__).parent
-    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(here), str(here.parents[1])])}
-    command = [sys.executable, "-W", "ignore", *map(str, arguments)]
-    return subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=240, cwd=here)
-
-
-def test_the_interpreted_kernel_in_several_chunks_holds_the_bound():
-    done = python("-c", INTERPRETED, TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) == 12
-
-
-def test_the_kernel_compiles_for_an_h200_without_spills():
-    done = python("resources.py", "mass")
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+def test_the_kernel_compiles_for_an_h200_without_spills(script):
+    found = [json.loads(line) for line in script("resources.py", "mass")]
     assert len(found) == 8
     assert max(one["reg"] for one in found) <= 168, found
     assert max(one["stack"] for one in found) == 0, found

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from threading import Barrier
 from typing import Any
 
@@ -203,10 +202,8 @@ print(torch.equal(found, expected), one.grad is not None)
     assert done.stdout.strip() == "True True", done.stderr
 
 
-def test_the_interpreted_kernels_through_the_operator():
-    done = python("-W", "ignore", Path(__file__).with_name("interpreted_operators.py"), TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.split() == ["equal", "fake", "equal", "refused"]
+def test_the_interpreted_kernels_through_the_operator(interpreted):
+    assert interpreted("interpreted_operators.py") == ["equal", "fake", "equal", "refused"]
 
 
 def test_wrong_input_is_named_while_traced(oracle):

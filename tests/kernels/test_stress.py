@@ -45,8 +45,8 @@ def test_the_compiled_loop(stress, family):
         assert not stress.differentiated(stress.through(scan("cpu")), family, "euler")
 
 
-def test_the_interpreted_kernels(script):
-    lines = script("interpreted_stress.py", "mamba2", "log_decay", TRITON_INTERPRET="1")
+def test_the_interpreted_kernels(interpreted):
+    lines = interpreted("interpreted_stress.py", "mamba2", "log_decay")
     assert lines == ["held mamba2 log_decay answers", "held mamba2 log_decay gradients"]
 
 
@@ -54,8 +54,8 @@ def test_the_interpreted_kernels(script):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("family", ["mamba1", "mamba2"])
-def test_the_interpreted_kernels_on_the_whole_grid(script, family, variant):
-    lines = script("interpreted_stress.py", family, variant, TRITON_INTERPRET="1")
+def test_the_interpreted_kernels_on_the_whole_grid(interpreted, family, variant):
+    lines = interpreted("interpreted_stress.py", family, variant)
     assert lines
     assert all(line.startswith("held") for line in lines), lines
 

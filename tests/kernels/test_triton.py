@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,17 +19,13 @@ def python(*arguments, **environment):
 
 
 @pytest.mark.parametrize(("given", "cases"), [([], 40), pytest.param(["all"], 46, marks=pytest.mark.long)])
-def test_the_interpreted_kernel_holds_the_bound(given, cases):
-    done = python(Path(__file__).with_name("interpreted.py"), *given, TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) == cases
+def test_the_interpreted_kernel_holds_the_bound(interpreted, given, cases):
+    assert len(interpreted("interpreted.py", *given)) == cases
 
 
-def test_the_kernels_compile_for_an_h200_without_spills():
+def test_the_kernels_compile_for_an_h200_without_spills(script):
     """Registers bound how many programs an SM holds; the stack is where they spill."""
-    done = python("-W", "ignore", Path(__file__).with_name("resources.py"))
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    found = [json.loads(line) for line in script("resources.py")]
     fused = [one for one in found if one["case"].startswith("fused")]
     assert len(fused) == 7
     for one in fused:

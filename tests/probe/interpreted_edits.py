@@ -1,4 +1,4 @@
-"""Edits on Triton through its interpreter: a script for TRITON_INTERPRET=1 that prints how many cells it has held."""
+"""Edits on Triton through its interpreter: a script for `interpret.py` that prints how many cells it has held."""
 
 if __name__ == "__main__":
     from edit_cells import check, pairwise

@@ -1,10 +1,6 @@
 """Every edit equals a brute-force float64 recurrence with the same edit."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,12 +21,9 @@ def test_the_naive_backend_does_the_same():
     assert all(check(cell, "naive") for cell in pairwise()[::6])
 
 
-def test_triton_does_the_same():
-    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
-    script, environment = Path(__file__).with_name("interpreted_edits.py"), os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert int(done.stdout) >= 9
+def test_triton_does_the_same(interpreted):
+    (n_held,) = interpreted("interpreted_edits.py")
+    assert int(n_held) >= 9
 
 
 @pytest.mark.long

@@ -40,8 +40,8 @@ def runs(folders):
 @pytest.mark.parametrize(
     "name",
     [
-        "memory_horizon",
-        *(pytest.param(name, marks=pytest.mark.long) for name in ("hidden_attention", "state_dynamics", "sinks")),
+        "state_dynamics",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("memory_horizon", "hidden_attention", "sinks")),
     ],
 )
 def test_runs_are_compared_as_their_reports_measure_them(runs, name):

@@ -144,6 +144,6 @@ def test_names_are_escaped_in_the_page(name, tmp_path, monkeypatch):
     model = mp.load("zoo:mqar-mamba1")
     model._mamba_probe_source = {"source": name}
     run = record_task(model, "mqar", rows=2, length=16, n_pairs=2)
-    page = write_report(run, analyse(run, tmp_path / "results"), tmp_path).read_text()
+    page = write_report(run, analyse(run, tmp_path / "results", names=["recall_circuit"]), tmp_path).read_text()
     assert f"<h1>{name}</h1>" not in page
     assert "<b>&" not in page.replace("<b>estimator", "")

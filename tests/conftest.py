@@ -98,7 +98,7 @@ def interpreted(request: pytest.FixtureRequest) -> Callable[..., list[str]]:
 
 def _lines(*arguments: str | Path) -> list[str]:
     command, environment = [sys.executable, "-W", "ignore", *arguments], os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=590)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()
 

@@ -52,7 +52,9 @@ def with_sizes(error: ValueError, config: Mapping[str, Any], weights: Mapping[st
         here: config.json has d_model 8, the embedding in the file has 4.
         no fit
     """
-    width = next((tensor.shape[-1] for name, tensor in weights.items() if _EMBEDDING.search(name)), None)
+    width = next(
+        (tensor.shape[-1] for name, tensor in weights.items() if tensor.shape and _EMBEDDING.search(name)), None
+    )
     layers = {found[1] for name in weights if (found := _LAYER.search(name))}
     said = [
         f"{where}: config.json has {name} {value}, the embedding in the file has {width}."

@@ -8,8 +8,12 @@ What an entry of a quantity is, see `mamba_probe.patching.pair.QUANTITIES`; docs
 """
 
 from mamba_probe.patching.attribution import attribute
-from mamba_probe.patching.pair import DEFAULT, QUANTITIES
+from mamba_probe.patching.pair import DEFAULT
+from mamba_probe.patching.pair import QUANTITIES as _QUANTITIES
 from mamba_probe.patching.picture import plot
 from mamba_probe.patching.sweeping import sweep
 
 __all__ = ["DEFAULT", "QUANTITIES", "attribute", "plot", "sweep"]
+
+QUANTITIES = _QUANTITIES
+"""What can be patched, and its hook point (`mamba_probe.patching.pair.QUANTITIES`)."""

@@ -94,7 +94,10 @@ class ProbeAccessor:
         if self._trace.attrs["family"] == "s4d":
             return self._step(name)
         head = "head" if self._trace.attrs["family"] == "mamba2" else "channel"
-        per_group = self._trace.attrs["n_heads"] // self._trace.attrs["n_groups"]
+        n_heads, n_groups = self._trace.attrs["n_heads"], self._trace.attrs["n_groups"]
+        if not isinstance(n_heads, int) or not isinstance(n_groups, int) or n_groups < 1:
+            raise ValueError(f"a trace's n_heads and n_groups are whole numbers; got {n_heads!r} and {n_groups!r}")
+        per_group = n_heads // n_groups
         index = xr.DataArray(self._trace[head].values // per_group, dims=head, coords={head: self._trace[head]})
         return self._step(name).isel(group=index).drop_vars("group", errors="ignore")
 

@@ -33,7 +33,7 @@ def encoded(dataset: xr.Dataset) -> xr.Dataset:
     coded = dataset.copy()
     coded.attrs = jsoned({name: value for name, value in dataset.attrs.items() if name != SEAL})
     for name, variable in coded.variables.items():
-        if variable.dtype.kind in "UT":
+        if variable.dtype.kind in "OUT":
             coded[name] = (variable.dims, variable.values.astype(object), variable.attrs)
         if variable.dtype.kind == "c":
             data: Any = variable.data

@@ -152,6 +152,10 @@ def open_dataset(path: str | PathLike[str]) -> xr.Dataset:
         raise ValueError(
             f"{path} cannot be read: truncated, damaged, or not written by mamba_probe ({error})"
         ) from error
+    except ValueError as error:  # Zarr's own of a name it does not know does not say whose
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def open_trace(path: str | PathLike[str]) -> xr.Dataset:

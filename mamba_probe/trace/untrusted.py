@@ -180,7 +180,18 @@ def _check_netcdf(path: Path) -> None:
             if not isinstance(link, h5py.HardLink) or file.get(name, getclass=True) is not h5py.Dataset:
                 raise ValueError(f"{path}: {name} is a link or a group; a store of mamba_probe holds variables alone")
             total = total + _check_hdf5(f"{path}: {name}", file[name])
-    _refuse_total(path, total)
+        _refuse_total(path, total)
+        for name in file:
+            _refuse_lost(f"{path}: {name}", file[name])
+
+
+def _refuse_lost(name: str, variable: Any) -> None:
+    """HDF5 gives a fill value for a chunk that it does not find; an axis of no coordinate is kept without any."""
+    if variable.chunks is None or not min(variable.shape) or variable.attrs.get("NAME", b"")[:20] == _NO_VARIABLE:
+        return
+    needed = prod(ceil(size / each) for size, each in zip(variable.shape, variable.chunks, strict=True))
+    if variable.id.get_num_chunks() != needed:
+        raise ValueError(f"{name} is damaged: {variable.id.get_num_chunks()} of its {needed} chunks are there")
 
 
 def _check_hdf5(name: str, variable: Any) -> np.ndarray:
@@ -197,4 +208,6 @@ def _check_hdf5(name: str, variable: Any) -> np.ndarray:
     if h5py.check_string_dtype(dtype) is None and np.dtype(dtype).kind not in "biuf":
         raise ValueError(f"{name} has data of {dtype}; mamba_probe writes numbers, bool and text")
     held = variable.shape if variable.attrs.get("NAME", b"")[:20] != _NO_VARIABLE else ()
-    return _size(name, held, variable.chunks or held, dtype.itemsize) if held and min(held) else _NOTHING
+    if not held or not min(held):
+        return _NOTHING
+    return _size(name, held, variable.chunks or held, dtype.itemsize)

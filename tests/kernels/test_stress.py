@@ -38,6 +38,7 @@ def test_gradients_of_the_specification(stress, family, variant):
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch asks, and hides it
 @pytest.mark.parametrize("family", ["mamba1", "s4d"])
 def test_the_compiled_loop(stress, family):
     with cpu_compile("always"):

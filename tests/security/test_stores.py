@@ -266,3 +266,19 @@ def test_our_traces_pass(tmp_path):
         trace = probe.record(np.arange(8)[None])
     for suffix in (".zarr", ".nc"):
         check_store(trace.probe.save(tmp_path / f"trace{suffix}"))
+
+
+def test_a_netcdf_chunk_that_is_lost_is_no_fill_value(netcdf):
+    """One flipped bit of HDF5's own metadata can lose one; HDF5 would answer NaN."""
+    with h5py.File(netcdf, "a") as file:
+        file.create_dataset("lost", (4,), "float32", chunks=(2,), fillvalue=np.nan)
+    with pytest.raises(ValueError, match=r"lost is damaged: 0 of its 2 chunks are there"):
+        open_dataset(netcdf)
+
+
+def test_zarrs_own_refusal_names_the_store(tmp_path):
+    path = save(xr.Dataset({"a": ("layer", [1.0, 2.0])}), tmp_path / "run.zarr")
+    root = path / "zarr.json"
+    root.write_text(root.read_text().replace('"storage_transformers"', '"storige_transformers"'))
+    with pytest.raises(ValueError, match=r"run\.zarr.*storige"):
+        open_dataset(path)

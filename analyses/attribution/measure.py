@@ -97,6 +97,8 @@ def _check(each: Any, relevance: xr.Dataset, prefix: str) -> None:
         raise ValueError(f"{name} has layers {layers} and relevance {own}: explain the same architecture")
     same = ["token_id", "valid", "query_token"] + ["target_id"] * (prefix != "other_")
     for what in same:
+        if what not in each.variables:
+            raise ValueError(f"{name} has no {what}: give it as probe.relevance(...) returned it")
         if not np.array_equal(each[what].values, relevance[what].values):
             raise ValueError(f"{name} differs from relevance in {what}: explain the same rows, queries and targets")
     if prefix == "gradient_" and each.attrs["rules"] != "gradient":

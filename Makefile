@@ -39,12 +39,14 @@ docs: $(INSTALLED)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --nitpicky --quiet -c docs . docs/_build/html
 
+# Tests of one module stay with one process, which makes its fixtures once; the modules that the tests' many processes
+# import are compiled once, whatever the environment says.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-long: $(INSTALLED) test-oldest test-peers
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[notebook]"
-	$(BIN)/python -m pytest -n 2 -m "not gpu" -o timeout=3600
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" -o timeout=3600
 
 test-oldest: $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 -m "not gpu" -o timeout=3600 tests/mixers tests/formats tests/probe

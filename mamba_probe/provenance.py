@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -20,13 +21,15 @@ PACKAGES = ("mamba-probe", "torch", "triton", "transformers", "numpy", "xarray")
 
 def versions() -> dict[str, str]:
     """Installed versions of what a number depends on."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return {package: _installed(package) for package in PACKAGES}
+
+
+@cache
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def of_model(model: nn.Module, kind: str = "trace") -> dict[str, Any]:

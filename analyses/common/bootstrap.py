@@ -27,6 +27,7 @@ def interval(
     """Percentile interval of `statistic`, a function of how often each row is drawn.
 
     Infinite replicates (censored horizons) are ordered, never averaged; with one row nothing can be resampled: NaN.
+    Few rows are often drawn alike: each distinct draw is computed once.
 
     Args:
         statistic: draws (row,) -> values of any shape.
@@ -45,7 +46,8 @@ def interval(
         raise ValueError(f"n_bootstrap must be at least 2; got {n_bootstrap}")
     if n_rows < 2:
         return np.full((2, *np.shape(statistic(np.ones(n_rows, dtype=int)))), np.nan)
-    replicates = np.stack([statistic(draws) for draws in resamples(n_rows, n_bootstrap, seed)])
+    distinct, of_replicate = np.unique(resamples(n_rows, n_bootstrap, seed), axis=0, return_inverse=True)
+    replicates = np.stack([statistic(draws) for draws in distinct])[of_replicate]
     tail = (1 - COVERAGE) / 2
     bounds = np.quantile(replicates, [tail, 1 - tail], axis=0, method="inverted_cdf")
     return np.where(np.isnan(replicates).any(axis=0), np.nan, bounds)

@@ -57,11 +57,12 @@ def summary(
 
     kinds = tuple(totals)
     counted = Counts(*(np.stack([getattr(totals[kind], of) for kind in kinds], 1) for of in ("exact", "least")))
+    kept = lags(options.longest)
 
     def pooled(draws: Draws) -> dict[str, np.ndarray]:
         mean_delta = (draws @ elapsed) / (draws @ tokens)
         reference = np.quantile(core.lti(threshold, mean_delta[:, None]), QUANTILES, method="inverted_cdf")
-        return _pooled(draws, kinds, counted, options) | {"layer_lti_horizon": reference}
+        return _pooled(draws, kinds, counted, kept, options.within) | {"layer_lti_horizon": reference}
 
     found = with_interval(pooled, len(options.units), options) | _bounds(totals, options)
     for name, kind in GAINS.items():
@@ -70,15 +71,17 @@ def summary(
     return found | {f"layer_{name}": _median(parts[name]) for name in SPREADS}
 
 
-def _pooled(draws: Draws, kinds: tuple[str, ...], counted: Counts, options: Options) -> dict[str, np.ndarray]:
+def _pooled(
+    draws: Draws, kinds: tuple[str, ...], counted: Counts, kept: Int[np.ndarray, " lag"], within: int
+) -> dict[str, np.ndarray]:
     """Results with an interval; `counted` is (unit, kind, size)."""
     exact, least = (np.tensordot(draws, of, 1) for of in (counted.exact, counted.least))
     survived = survival.curve(exact, least)
     by_kind = {
         "horizon": found_quantiles(exact),
         "km_horizon": survival.curve_quantiles(survived, QUANTILES),
-        "restricted_mean": survival.restricted_mean(survived, options.within),
-        "survival": survived[:, lags(options.longest)],
+        "restricted_mean": survival.restricted_mean(survived, within),
+        "survival": survived[:, kept],
     }
     found = {f"layer_{kind}_{name}": of[i] for name, of in by_kind.items() for i, kind in enumerate(kinds)}
     median = dict(zip(kinds, by_kind["horizon"][:, 1:2], strict=True))

@@ -142,6 +142,19 @@ def test_the_interval_covers_the_mean_of_normal_rows() -> None:
     assert 0.15 < high - low < 0.25  # 2 * 1.96 / sqrt(400) = 0.196
 
 
+def test_draws_that_are_alike_are_computed_once_and_counted_each() -> None:
+    rows, asked = np.random.default_rng(0).standard_normal(3), []
+
+    def mean(draws: np.ndarray) -> np.ndarray:
+        asked.append(tuple(draws.tolist()))
+        return draws @ rows / 3
+
+    found = interval(mean, 3, 200, seed=2)
+    every = [draws @ rows / 3 for draws in resamples(3, 200, seed=2)]
+    np.testing.assert_array_equal(found, np.quantile(every, [0.025, 0.975], method="inverted_cdf"))
+    assert len(asked) == len(set(asked)) == 10  # ways of drawing three of three rows
+
+
 def test_one_row_has_no_interval() -> None:
     assert np.isnan(interval(lambda draws: draws * 1.0, 1, 10, seed=0)).all()
 

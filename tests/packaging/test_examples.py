@@ -11,7 +11,7 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.py"))
 NO_PICTURE = {"record_many_gpus"}
-SHORT = {"lti_limits"}
+SHORT = {"memory_horizon"}
 """Run by `make test`; all run under long, and the docs build runs those that draw."""
 LINES = 50
 """Of a script of the gallery that are not blank."""

@@ -18,13 +18,19 @@ collect_ignore = ["interpret.py"]
 """A script, no doctests: it sets TRITON_INTERPRET."""
 
 
+THRESHOLDS = gc.get_threshold()
+
+
 def pytest_collectstart() -> None:
-    """Collecting imports a great deal and frees nothing; the garbage collector would look through it all each time."""
-    gc.disable()
+    """Collecting imports a great deal and frees nothing; the garbage collector would look through it all each time.
+
+    It is not disabled, since dask, after every slice, leaves it as it was when dask was imported.
+    """
+    gc.set_threshold(0)
 
 
 def pytest_collection_finish() -> None:
-    gc.enable()
+    gc.set_threshold(*THRESHOLDS)
 
 
 def perturb(model: nn.Module, seed: int = 0, scale: float = 0.3) -> nn.Module:

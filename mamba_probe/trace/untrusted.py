@@ -7,6 +7,7 @@ store of ours names none of these, so all are refused; docs/security.md has the 
 import os
 import re
 from collections.abc import Iterator, Mapping
+from itertools import product
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ DTYPES = {f"{sign}int{bits}": bits // 8 for sign in ("", "u") for bits in (8, 16
     "bool": 1, "float16": 2, "float32": 4, "float64": 8, "complex64": 8, "complex128": 16, "string": 8,
 }  # fmt: skip
 """Bytes of an entry by Zarr's data type; of text, those of its place in the array."""
-FILTERS = frozenset({1, 2, 3})
+_FLETCHER32 = 3
+FILTERS = frozenset({1, 2, _FLETCHER32})
 """HDF5's own filters: deflate, shuffle, fletcher32. Any other is a plug-in that HDF5 would load."""
 MOST_CHUNKS = 2_000_000
 """Chunks of a store: dask makes a task, about 1 KB, of each when it is opened."""
@@ -186,12 +188,17 @@ def _check_netcdf(path: Path) -> None:
 
 
 def _refuse_lost(name: str, variable: Any) -> None:
-    """HDF5 gives a fill value for a chunk that it does not find; an axis of no coordinate is kept without any."""
+    """HDF5 gives a fill value where it finds no chunk, and checks no chunk that is marked as one without a checksum; an
+    axis of no coordinate is kept without any chunk."""
     if variable.chunks is None or not min(variable.shape) or variable.attrs.get("NAME", b"")[:20] == _NO_VARIABLE:
         return
-    needed = prod(ceil(size / each) for size, each in zip(variable.shape, variable.chunks, strict=True))
-    if variable.id.get_num_chunks() != needed:
-        raise ValueError(f"{name} is damaged: {variable.id.get_num_chunks()} of its {needed} chunks are there")
+    layout = variable.id.get_create_plist()
+    checksum = sum(1 << i for i in range(layout.get_nfilters()) if layout.get_filter(i)[0] == _FLETCHER32)
+    needed = list(product(*(range(0, size, each) for size, each in zip(variable.shape, variable.chunks, strict=True))))
+    found = [variable.id.get_chunk_info_by_coord(start) for start in needed]  # as a read looks for it
+    there = sum(chunk.byte_offset is not None and not chunk.filter_mask & checksum for chunk in found)
+    if there != len(needed):
+        raise ValueError(f"{name} is damaged: {there} of its {len(needed)} chunks are there")
 
 
 def _check_hdf5(name: str, variable: Any) -> np.ndarray:

@@ -6,10 +6,7 @@ from torch._dynamo.utils import counters
 
 from mamba_probe.kernels.scan import Emit, compiled, cpu, cpu_compile, selective_scan
 
-pytestmark = [  # what torch says of its own code while it compiles
-    pytest.mark.filterwarnings(r"ignore:.torch\.jit\.script"),
-    pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf"),
-]
+pytestmark = pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf")  # torch's own
 EMITTED = ("delta", "A_bar", "B_bar", "B", "C", "h", "y", "delta_cumsum", "energy")
 CASES = {
     "plain": ("mamba", ()),

@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from mamba_probe.kernels.scan import Emit, operators, selective_scan
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings(r"ignore:.torch\.jit\.script")]
+pytestmark = pytest.mark.gpu
 
 SHAPES = {"mamba": (256, 1, 16, False), "mamba2": (8, 64, 128, True)}
 NARROW = ("x", "delta", "B", "C", "z")

@@ -219,7 +219,6 @@ def test_blocks_are_many_and_end_with_the_last_token_asked_for(oracle, monkeypat
             torch.testing.assert_close(value, full[:, [3, 150]][:, :, [2, 0]], rtol=1e-6, atol=0)
 
 
-@pytest.mark.filterwarnings(r"ignore:.torch\.jit\.script")
 def test_a_compiled_scan_answers_the_same(oracle, monkeypatch):
     monkeypatch.setattr(compiled, "_inductor", lambda graph, inputs: graph)
     monkeypatch.setattr(compiled, "STEPS", 4)

@@ -127,7 +127,6 @@ def test_gradients_through_the_operator_are_those_without(oracle, case):
     assert counter.frame_count <= 2
 
 
-@pytest.mark.filterwarnings(r"ignore:.torch\.jit\.script")  # inductor's own
 def test_inductor_compiles_around_it(oracle):
     arguments = oracle.draw("mamba", 1, 9)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import struct
 import time
 
 import dask.array as da
@@ -274,6 +275,20 @@ def test_a_netcdf_chunk_that_is_lost_is_no_fill_value(netcdf):
         file.create_dataset("lost", (4,), "float32", chunks=(2,), fillvalue=np.nan)
     with pytest.raises(ValueError, match=r"lost is damaged: 0 of its 2 chunks are there"):
         open_dataset(netcdf)
+
+
+def test_a_netcdf_chunk_elsewhere_or_without_its_checksum_is_not_there(netcdf):
+    """As many as there should be; the fill value would be read for the one, of the other bytes that nothing checks."""
+    with h5py.File(netcdf, "a") as file:
+        made = file.create_dataset("moved", (4,), "float32", chunks=(2,), fletcher32=True, fillvalue=np.nan)
+        made[:] = 1
+    kept, size = netcdf.read_bytes(), 2 * 4 + 4
+    second = struct.pack("<IIQQ", size, 0, 2, 0)  # bytes, filters left out, where it begins, as HDF5 notes them
+    assert kept.count(second) == 1
+    for elsewhere in (struct.pack("<IIQQ", size, 0, 6, 0), struct.pack("<IIQQ", size, 1, 2, 0)):
+        netcdf.write_bytes(kept.replace(second, elsewhere))
+        with pytest.raises(ValueError, match=r"moved is damaged: 1 of its 2 chunks are there"):
+            open_dataset(netcdf)
 
 
 def test_zarrs_own_refusal_names_the_store(tmp_path):

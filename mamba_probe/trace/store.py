@@ -20,6 +20,7 @@ from mamba_probe.arguments import path_like
 from mamba_probe.trace.blocks import FINISHED, whole_rows, without_unknown, write_whole
 from mamba_probe.trace.coding import SEAL, check_seal, decoded, encoded, header_of, seal_of
 from mamba_probe.trace.contract import validate
+from mamba_probe.trace.sums import CHECKED_BYTES, SUMS, check_sums, sums_of
 from mamba_probe.trace.untrusted import check_opened, check_store
 from mamba_probe.trace.writers import locked
 from mamba_probe.untrusted import read_object
@@ -95,11 +96,22 @@ def seal(path: Path, attrs: Mapping[str, str] | None = None, names: Iterable[str
 def _seal_netcdf(path: Path) -> dict[str, str]:
     import h5py
 
+    with h5py.File(path, "r+") as file:
+        file.attrs[SUMS] = sums_of(file)
     with raw(path) as coded:
         found = seal_of(netcdf_header(coded))
     with h5py.File(path, "r+") as file:
         file.attrs[SEAL] = found
     return coded.attrs
+
+
+def _check_sums(path: Path, noted: str | None) -> None:
+    """Of a netCDF file that is soon read."""
+    import h5py
+
+    if noted is not None and path.stat().st_size <= CHECKED_BYTES:
+        with h5py.File(path, "r") as file:
+            check_sums(noted, file)
 
 
 def zarr_header(root: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,6 +157,7 @@ def open_dataset(path: str | PathLike[str]) -> xr.Dataset:
         check_opened(coded)
         header = netcdf_header(coded) if path.suffix == ".nc" else zarr_header(read_object(path / "zarr.json"))
         check_seal(coded.attrs.pop(SEAL, None), header, path)
+        _check_sums(path, coded.attrs.pop(SUMS, None))
         if FINISHED not in coded.attrs:
             return decoded(coded)
         return without_unknown(decoded(whole_rows(coded, path)))

@@ -1,6 +1,6 @@
 """Every byte of a store against its checksums: what is damaged, and how much of a recording is whole."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from os import PathLike
@@ -12,6 +12,7 @@ from mamba_probe.trace.blocks import FINISHED, Block, entry, journal
 from mamba_probe.trace.coding import SEAL, check_seal
 from mamba_probe.trace.guarded import damage
 from mamba_probe.trace.store import check_suffix, netcdf_header, raw, zarr_header
+from mamba_probe.trace.sums import SUMS, check_sums, parts
 from mamba_probe.trace.untrusted import check_store
 from mamba_probe.untrusted import read_object
 
@@ -84,7 +85,7 @@ def verify(path: str | PathLike[str], *, progress: bool = False) -> Verified:
     """Compare every byte of a store with its checksums, a chunk at a time.
 
     In a Zarr store each chunk has a CRC-32C, each entry of the journal another, and the metadata a SHA-256; in netCDF
-    each chunk has a Fletcher-32, and a SHA-256 is of the rest that it holds of the Dataset.
+    each chunk has a Fletcher-32, what is read of each variable a CRC-32, and the rest of the Dataset a SHA-256.
 
     Args:
         path: of a `.zarr` or `.nc` that `save` or a recording wrote.
@@ -235,6 +236,8 @@ class _NetCDF(_Reader):
                     for name in file:
                         step(name)
                         self.tried(name, self._variable, name, file[name])
+                    if not self.damages:
+                        self.tried("", check_sums, file.attrs.get(SUMS), file)
         return Verified(self.path, tuple(self.damages), self.chunks, self.nbytes)
 
     def _header(self) -> None:
@@ -243,7 +246,7 @@ class _NetCDF(_Reader):
             self._dims = {str(name): tuple(map(str, variable.dims)) for name, variable in coded.variables.items()}
 
     def _variable(self, name: str, variable: Any) -> None:
-        for at in _parts(variable):
+        for at in parts(variable):
             spans = dict(zip(self._dims.get(name, ()), ((part.start, part.stop - 1) for part in at), strict=False))
             try:
                 part = variable[at]
@@ -251,13 +254,6 @@ class _NetCDF(_Reader):
                 self.damages.append(Damage(f"a chunk is damaged: {error}", "", name, spans))
                 continue
             self.chunks, self.nbytes = self.chunks + 1, self.nbytes + getattr(part, "nbytes", 0)
-
-
-def _parts(variable: Any) -> Iterator[tuple[slice, ...]]:
-    """Where the chunks of an HDF5 dataset lie; all of it where it has none."""
-    if variable.chunks is None or not variable.size:
-        return iter([tuple(slice(0, n) for n in variable.shape)])
-    return variable.iter_chunks()
 
 
 def _rows(array: Mapping[str, Any]) -> list[int]:
